@@ -1,0 +1,30 @@
+"""The book's tasks: small, fixed, and on every machine without a download.
+
+Classification tasks are a ``Task`` with the parts ``train``, ``val`` and
+``test``; texts are strings, and a ``Tokenizer`` makes numbers of them.
+"""
+
+from .batches import sample, windows
+from .docs import Docstrings, docstrings
+from .idx import fashion_mnist, mnist
+from .images import digits, glyphs
+from .tasks import Task, few
+from .text import Reference, reference
+from .tokens import Tokenizer, tokenizer
+
+__all__ = [
+    "Docstrings",
+    "Reference",
+    "Task",
+    "Tokenizer",
+    "digits",
+    "docstrings",
+    "fashion_mnist",
+    "few",
+    "glyphs",
+    "mnist",
+    "reference",
+    "sample",
+    "tokenizer",
+    "windows",
+]
