@@ -193,6 +193,16 @@ def test_the_type_of_a_parameter_survives_its_code(dtype):
     assert torch.equal(again.weight, model.weight)
 
 
+def test_what_is_stored_in_half_computes_as_the_model_does():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2).double())
+    state = {n: t.half() for n, t in model.state_dict().items()}
+    again = storage.loads(storage.dumps(model, state), like=model)
+    assert again[0].bias.dtype == torch.float32
+    assert again[1].bias.dtype == torch.float64
+    assert torch.equal(again[0].bias, model[0].bias.half().float())
+    assert len(storage.dumps(model, state)) < len(storage.dumps(model)) - 60
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path):
     path = tmp_path / "m.mc"
     storage.save(path, nn.Linear(2, 2))

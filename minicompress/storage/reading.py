@@ -81,8 +81,9 @@ def loads(
         plan = _read_state(header, None, limit)
         check_names(plan, have, StorageError)
         state = _read_state(header, blobs, limit)
-        types = header.get("types", {})
-        _fill(model, state, {n: DTYPES[t] for n, t in types.items()})
+        common, odd = header.get("type", "f4"), header.get("types", {})
+        types = {name: DTYPES[odd.get(name, common)] for name in state}
+        _fill(model, state, types)
     return model.eval()
 
 
@@ -239,8 +240,8 @@ def _fill(model: nn.Module, state: State, types: dict) -> None:
         if id(x) in done:
             continue
         w = codes.value(x)
-        if isinstance(x, Code):
-            w = w.to(types.get(name, torch.float32))
+        if w.is_floating_point() or isinstance(x, Code):
+            w = w.to(types[name])  # half on disk does not mean half in use
         device = "cpu" if old.is_meta else old.device
         w = w.to(device).contiguous()
         if isinstance(old, nn.Parameter):

@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 
@@ -81,19 +82,26 @@ def dumps(
             header["layers"] = changed
     blobs: list[bytes] = []
     header["state"] = _write_state(state, blobs)
-    types = {
-        n: TAGS[p.dtype]
-        for n, p in model.state_dict().items()
-        if isinstance(state[n], Code) and p.dtype != torch.float32
-    }
-    if types:
-        header["types"] = types
+    header |= _types(model)
     if meta:
         header["meta"] = meta
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     start = MAGIC + struct.pack("<BI", VERSION, len(text))
     body = b"".join([start, text, *blobs])
     return body + struct.pack("<I", zlib.crc32(body))
+
+
+def _types(model: nn.Module) -> dict:
+    """Name the floating-point type of the model, and what differs from it."""
+    types = {
+        name: TAGS[t.dtype]
+        for name, t in model.state_dict().items()
+        if t.is_floating_point()
+    }
+    common = Counter(["f4", *types.values()]).most_common(1)[0][0]
+    odd = {name: tag for name, tag in types.items() if tag != common}
+    header: dict = {} if common == "f4" else {"type": common}
+    return header | ({"types": odd} if odd else {})
 
 
 def _write_state(state: State, blobs: list[bytes]) -> dict:
