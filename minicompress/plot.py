@@ -238,8 +238,8 @@ def ledger(entries: Sequence[tuple[str, int]], *, ax=None):
     sizes = [size for _, size in entries]
     labels = [f"{s:,} B = {100 * s / sizes[0]:.3g} %" for s in sizes]
     family = ["original"] + ["combine"] * (len(names) - 1)
-    label = "file of the model (bytes, logarithmic)"
-    return _bars(names, sizes, labels, family, label, True, ax)
+    label = "file of the model (bytes)"
+    return _bars(names, sizes, labels, family, label, False, ax)
 
 
 def taxonomy(*, ax=None):

@@ -464,7 +464,7 @@ def test_table_shows_what_was_measured():
         "7.99",
         "–",
         "1.23 ms",
-        "0.9751",
+        "0.975",
     )
     assert "a|b<c" in str(table)
     assert "a\\|b<c" in table._repr_markdown_()

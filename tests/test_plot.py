@@ -127,15 +127,15 @@ def test_bars_run_from_top_to_bottom_with_their_values():
     assert to_rgb(ax.patches[1].get_facecolor()) == to_rgb(plot.COLORS["prune"])
 
 
-def test_ledger_starts_at_100_percent_on_a_log_axis():
+def test_ledger_starts_at_100_percent_and_its_bars_are_to_scale():
     ax = plot.ledger([("original", 20_000), ("int8", 5_000), ("end", 150)])
-    assert ax.get_xscale() == "log"
+    assert [bar.get_width() for bar in ax.patches] == [20_000, 5_000, 150]
+    assert ax.get_xscale() == "linear" and ax.get_xlim()[0] == 0
     assert [t.get_text() for t in ax.texts] == [
         "20,000 B = 100 %",
         "5,000 B = 25 %",
         "150 B = 0.75 %",
     ]
-    assert ax.get_xlim()[0] < 150
 
 
 @pytest.mark.parametrize(

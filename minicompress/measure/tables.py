@@ -138,7 +138,8 @@ class Table:
         def line(tag: str, cells: Sequence[str]) -> str:
             sides = ["left", *["right"] * (len(cells) - 1)]
             inner = "".join(
-                f'<{tag} style="text-align: {side}">{html.escape(c)}</{tag}>'
+                f'<{tag} style="text-align: {side}; white-space: nowrap">'
+                f"{html.escape(c)}</{tag}>"
                 for c, side in zip(cells, sides, strict=True)
             )
             return f"<tr>{inner}</tr>"
@@ -170,7 +171,7 @@ def table(reports: Iterable[Report], *, quality: str = "quality") -> Table:
     >>> pruned = Report("pruned", 1000, 100, 1_250, 10.0, quality=0.951)
     >>> table([dense, pruned], quality="accuracy")
     model   params  non-zero    file  bits/weight  accuracy
-    dense    1,000     1,000  4.1 kB         32.8      0.97
+    dense    1,000     1,000  4.1 kB         32.8     0.970
     pruned   1,000       100  1.2 kB         10.0     0.951
     """
     reports = list(reports)
@@ -189,7 +190,7 @@ def table(reports: Iterable[Report], *, quality: str = "quality") -> Table:
     add("MACs", [r.macs for r in reports], "{:,}".format)
     add("activations", [r.peak_memory for r in reports], size)
     add("latency", [r.latency for r in reports], milliseconds)
-    add(quality, [r.quality for r in reports], "{:.4g}".format)
+    add(quality, [r.quality for r in reports], "{:.3f}".format)
     return Table(tuple(columns), tuple(zip(*columns.values(), strict=True)))
 
 
