@@ -4,6 +4,8 @@ import torch
 
 torch.set_num_threads(1)
 
+collect_ignore = ["benchmarks"]  # not tests: `make bench`
+
 CLAIM = "application/vnd.minicompress.claim+json"
 # a claim's sentence is compared, the value measured for it is not; vector
 # graphics carry dates, stderr carries progress bars

@@ -252,6 +252,30 @@ class TestRepository:
             assert re.search(rf"^{target}:.*## \w", text, re.M), target
 
 
+class TestReadme:
+    def test_the_example_prints_what_stands_below_it(self, tmp_path):
+        text = (ROOT / "README.md").read_text()
+        code, output = re.search(
+            r"```python\n(.*?)```\n\n```\n(.*?)```", text, re.DOTALL
+        ).groups()
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert done.stdout == output, done.stderr
+
+    def test_names_every_module(self):
+        text = (ROOT / "README.md").read_text()
+        assert [m for m in MODULES if f"`{m}`" not in text] == []
+
+    def test_names_only_files_that_exist(self):
+        text = (ROOT / "README.md").read_text()
+        for path in re.findall(r"(?:book|chapters|tests)/[\w./]*", text):
+            assert (ROOT / path).exists(), path
+
+
 class TestReference:
     def test_every_module_has_a_page(self):
         pages = {p.stem for p in (ROOT / "book/api").glob("*.md")} - {"index"}
