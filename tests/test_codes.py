@@ -64,17 +64,24 @@ def test_a_hashed_layer_is_feature_hashing():
     # W x = phi(x) values, where phi collects the inputs that share a value
     values, x = tensor((7,), 0), tensor((6,), 1)
     W = codes.Hashed(3, values, (5, 6)).decode()
-    index, sign = codes.buckets(3, 30, 7)
+    index, sign = codes.buckets(3, torch.arange(30), 7)
     for row in range(5):
         part = slice(6 * row, 6 * row + 6)
         phi = torch.zeros(7).index_add(0, index[part], sign[part] * x)
         torch.testing.assert_close(W[row] @ x, phi @ values)
 
 
+def test_a_large_hashed_tensor_is_decoded_in_parts_that_fit_together():
+    values = tensor((11,), 0)
+    index, sign = codes.buckets(9, torch.arange(70_000), 11)
+    W = codes.Hashed(9, values, (70, 1000)).decode()
+    assert torch.equal(W.flatten(), values[index] * sign)
+
+
 def test_the_hash_is_the_same_everywhere_and_even():
-    index, sign = codes.buckets(0, 6, 1000)
+    index, sign = codes.buckets(0, torch.arange(6), 1000)
     assert index.tolist() == [HASHED[p] % 1000 for p in range(6)]
-    index, sign = codes.buckets(5, 100_000, 10)
+    index, sign = codes.buckets(5, torch.arange(100_000), 10)
     expected = 100_000 / 10
     chi2 = ((torch.bincount(index) - expected) ** 2 / expected).sum()
     assert chi2 < 27.9  # 99.9 % of the chi-square law with 9 degrees

@@ -122,8 +122,14 @@ class Hashed(Code):
 
     def decode(self):
         values = value(self.values)
-        index, sign = buckets(self.seed, math.prod(self.shape), len(values))
-        return (values[index] * sign).reshape(self.shape)
+        w = values.new_empty(math.prod(self.shape))
+        # in parts: the hash needs a dozen times the memory of the weights
+        for start in range(0, len(w), 1 << 16):
+            part = w[start : start + (1 << 16)]
+            places = torch.arange(start, start + len(part))
+            index, sign = buckets(self.seed, places, len(values))
+            part.copy_(values[index] * sign)
+        return w.reshape(self.shape)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,21 +187,30 @@ def groups(w: Tensor, size: int) -> Tensor:
     return padded.reshape(*w.shape[:-1], -1, size)
 
 
-def buckets(seed: int, numel: int, k: int) -> tuple[Tensor, Tensor]:
-    """Hash the positions 0 … numel - 1 into k buckets with a sign each.
+def buckets(seed: int, places: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Hash positions into k buckets, with a sign each.
+
+    Parameters
+    ----------
+    seed : int
+        In [0, 2**32).
+    places : Tensor
+        int64 positions, any shape.
+    k : int
+        Number of buckets.
 
     Returns
     -------
     index, sign : Tensor
-        (numel,), int64 in [0, k), and float32 in {-1, +1}.  The same on every
-        platform: Steele et al.'s SplitMix64 finalizer in wrapping int64.
+        In the shape of `places`: int64 in [0, k), and float32 -1 or +1.  The
+        same on every platform: the SplitMix64 finalizer in wrapping int64.
     """
 
     def mix(x, shift, factor):
         high = (x >> shift) & ((1 << (64 - shift)) - 1)  # a logical shift
         return (x ^ high) * factor
 
-    x = (torch.arange(numel) + (seed << 20)) * -0x61C8864680B583EB
+    x = (places + (seed << 20)) * -0x61C8864680B583EB
     x = mix(x, 30, -0x40A7B892E31B1A47)
     x = mix(x, 27, -0x6B2FB644ECCEEE15)
     x = mix(x, 31, 1)
