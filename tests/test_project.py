@@ -87,6 +87,11 @@ class TestEnvironment:
             pinned[canonicalize_name(required.name)], prereleases=True
         )
 
+    def test_peers_of_the_benchmarks_are_pinned(self):
+        extra = PROJECT["optional-dependencies"]["bench"]
+        names = [canonicalize_name(Requirement(line).name) for line in extra]
+        assert {*names} - {PROJECT["name"]} <= pins().keys()
+
     def test_installed_versions_are_the_pinned_ones(self):
         from importlib.metadata import version
 
