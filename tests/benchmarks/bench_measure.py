@@ -1,4 +1,4 @@
-"""Exact MACs, the time to import, and the speed of the OBS loop."""
+"""Exact MACs, and the time to import."""
 
 import statistics
 import subprocess
@@ -7,10 +7,10 @@ import sys
 import torch
 from torch import nn
 
-from minicompress import measure, models, obs
+from minicompress import measure, models
 
 from ..test_measure import mobilenet, resnet
-from .harness import Row, times
+from .harness import Row
 
 MODULES = "codes, entropy, measure, storage"
 
@@ -18,8 +18,6 @@ MODULES = "codes, entropy, measure, storage"
 def rows():
     yield from macs_rows()
     yield import_row()
-    for n in (1024, 4096):
-        yield sweep_row(n)
 
 
 def macs_rows():
@@ -81,56 +79,3 @@ def import_row(runs: int = 5) -> Row:
         "<= torch's own + 0.1 s",
         ours <= 0.1,
     )
-
-
-def sweep_row(n: int) -> Row:
-    """Compare `obs.sweep` with GPTQ written as in the paper's listing."""
-    g = torch.Generator().manual_seed(0)
-    W = torch.randn(n, n, generator=g)
-    X = torch.randn(2 * n, n, generator=g)
-    X = X @ (torch.randn(n, n, generator=g) / n**0.5)
-    H = X.T @ X / len(X)
-    step = W.abs().amax(1) / 7
-
-    def grid(w):
-        return (w / step).round_().clamp_(-8, 7).mul_(step)
-
-    def choose(block, d, columns):
-        return lambda i, w: grid(w)
-
-    def swept():
-        return obs.sweep(W, H, choose)[0]
-
-    def listed():
-        return listing(W, H, grid)
-
-    losses = [obs.layer_loss(W, f(), H).sum().item() for f in (swept, listed)]
-    ours, peer = times(swept, listed, runs=9 if n < 2000 else 3, warm_up=0)
-    same = abs(losses[0] / losses[1] - 1) < 1e-3
-    return Row(
-        f"obs.sweep, int4 rounding of {n} x {n}",
-        f"{ours:.2f} s",
-        f"{peer:.2f} s",
-        ours / peer,
-        "<= 0.6x the paper's listing, same loss to 0.1 %",
-        same and ours / peer <= 0.6,
-    )
-
-
-def listing(W, H, grid, block=128):
-    """GPTQ: invert H, factor the inverse, update columns block by block."""
-    W, n = W.clone(), W.shape[1]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(obs.damped(H)))
-    U = torch.linalg.cholesky(inverse, upper=True)
-    Q = torch.zeros_like(W)
-    for a in range(0, n, block):
-        b = min(a + block, n)
-        W1, U1 = W[:, a:b].clone(), U[a:b, a:b]
-        E = torch.zeros_like(W1)
-        for i in range(b - a):
-            w = W1[:, i]
-            Q[:, a + i] = q = grid(w)
-            E[:, i] = e = (w - q) / U1[i, i]
-            W1[:, i:] -= e[:, None] @ U1[i, None, i:]
-        W[:, b:] -= E @ U[a:b, b:]
-    return Q
