@@ -6,8 +6,7 @@ after the other, so that each sees what the compressed ones before it make.
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -15,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+
+from .train import evaluating
 
 Forward = Callable[[nn.Module, object], object]
 Where = Callable[[str, Tensor], bool]
@@ -196,19 +197,6 @@ def layers(
     if not found:
         raise ValueError("where selects no nn.Linear or nn.Conv2d")
     return found
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Put a model in evaluation mode without gradients for a while."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def samples(layer: nn.Module, x: Tensor) -> Tensor:

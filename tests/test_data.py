@@ -510,38 +510,6 @@ def test_tokenizer_rejects():
             data.Tokenizer().decode(torch.tensor([1, wrong]))
 
 
-@given(n=st.integers(2, 60), length=st.integers(1, 59))
-@settings(deadline=None)
-def test_windows_follow_one_another(n, length):
-    ids = torch.arange(n)
-    if length >= n:
-        with pytest.raises(ValueError, match=f"length={length}"):
-            data.windows(ids, length)
-        return
-    x, y = data.windows(ids, length)
-    assert x.shape == y.shape == ((n - 1) // length, length)
-    assert torch.equal(x.flatten(), torch.arange(x.numel()))
-    assert torch.equal(y, x + 1)
-    x.zero_()
-    assert torch.equal(ids, torch.arange(n))
-
-
-@given(n=st.integers(2, 60), length=st.integers(1, 20), seed=st.integers(0, 99))
-@settings(deadline=None)
-def test_samples_are_windows_and_seeded(n, length, seed):
-    length = min(length, n - 1)
-    x, y = data.sample(torch.arange(n), length, 5, seed=seed)
-    assert x.shape == y.shape == (5, length)
-    assert torch.equal(y, x + 1) and y.max() < n
-    assert torch.equal(x - x[:, :1], torch.arange(length).expand(5, -1))
-    assert torch.equal(x, data.sample(torch.arange(n), length, 5, seed=seed)[0])
-
-
-def test_samples_reach_both_ends():
-    x, _ = data.sample(torch.arange(6), 3, 200, seed=0)
-    assert set(x[:, 0].tolist()) == {0, 1, 2}
-
-
 # docstrings
 
 

@@ -39,7 +39,7 @@ FLOORS = {
 FLOOR = {name: n for n, names in FLOORS.items() for name in names.split()}
 BESIDE = {"plot", "widgets", "show", "claims"}
 # A module may be built on another of its own floor in this order.
-SAME_FLOOR = {("codes", "bits"), ("export", "storage")}
+SAME_FLOOR = {("calibrate", "train"), ("export", "storage")}
 
 
 def tracked():

@@ -4,7 +4,6 @@ Classification tasks are a ``Task`` with the parts ``train``, ``val`` and
 ``test``; texts are strings, and a ``Tokenizer`` makes numbers of them.
 """
 
-from .batches import sample, windows
 from .docs import Docstrings, docstrings
 from .idx import fashion_mnist, mnist
 from .images import digits, glyphs
@@ -24,7 +23,5 @@ __all__ = [
     "glyphs",
     "mnist",
     "reference",
-    "sample",
     "tokenizer",
-    "windows",
 ]

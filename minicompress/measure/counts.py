@@ -8,7 +8,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..calibrate import evaluating
+from ..train import evaluating
 
 aten = torch.ops.aten
 

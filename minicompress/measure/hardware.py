@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..calibrate import evaluating
+from ..train import evaluating
 
 
 @dataclass(frozen=True)
