@@ -33,7 +33,7 @@ bench: .venv/has-bench  ## compare speed and size with other libraries
 	@$(BIN)/python -m tests.benchmarks
 
 serve: book  ## build the site and serve it at http://localhost:8000
-	@$(BIN)/python -m http.server 8000 --directory $(SITE)
+	@$(BIN)/python -m http.server 8000 --bind 127.0.0.1 --directory $(SITE)
 
 clean:  ## remove the built site (not .venv)
 	rm -rf book/_build book/_vendor book/tools/node_modules
