@@ -1,0 +1,84 @@
+"""Pruning: scores say what matters, masks what stays, repairs make up for it.
+
+A score is larger where a weight is more important; a mask is True where it
+is kept; a repair moves the weights that are left and returns a code.
+"""
+
+from .initial import grasp, snip, synflow, synflow_masks
+from .masks import (
+    keep,
+    keep_each,
+    keep_global,
+    keep_rows,
+    magnitude,
+    n_m,
+    random,
+    rigl,
+    sparsity,
+    threshold,
+)
+from .repair import least_squares, obc, sparsegpt, surgeon
+from .saliency import Moments, curvature, gradients, movement
+from .schedules import (
+    cubic,
+    geometric,
+    gradual,
+    iterative,
+    lottery,
+    magnitudes,
+    masked,
+    one_shot,
+)
+from .scores import (
+    channel_entropy,
+    fisher,
+    gradient,
+    obd,
+    obs,
+    snr,
+    taylor,
+    wanda,
+    wanda_score,
+)
+
+__all__ = [
+    "Moments",
+    "channel_entropy",
+    "cubic",
+    "curvature",
+    "fisher",
+    "geometric",
+    "gradient",
+    "gradients",
+    "gradual",
+    "grasp",
+    "iterative",
+    "keep",
+    "keep_each",
+    "keep_global",
+    "keep_rows",
+    "least_squares",
+    "lottery",
+    "magnitude",
+    "magnitudes",
+    "masked",
+    "movement",
+    "n_m",
+    "obc",
+    "obd",
+    "obs",
+    "one_shot",
+    "random",
+    "rigl",
+    "snip",
+    "snr",
+    "sparsegpt",
+    "sparsity",
+    "surgeon",
+    "synflow",
+    "synflow_masks",
+    "taylor",
+    "threshold",
+    "wanda",
+    "wanda_score",
+]
