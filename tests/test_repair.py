@@ -93,6 +93,9 @@ class TestLeastSquares:
         W, H, _ = case()
         mask = prune.magnitude(W, sparsity=0.5)
         whole = prune.least_squares(W, mask, H)
+        monkeypatch.setattr("minicompress.prune.repair.CHUNK", 4 * 144)
+        chunks = prune.least_squares(W, mask, H)  # 4 rows, then 2
+        torch.testing.assert_close(whole.decode(), chunks.decode())
         one = [
             prune.least_squares(w[None], m[None], H).decode()
             for w, m in zip(W, mask, strict=True)

@@ -447,6 +447,14 @@ class TestAtInitialization:
         )
         assert min(int(m.sum()) for m in once.values()) == 0
 
+    def test_what_synflow_removed_does_not_come_back(self):
+        model, x = mlp(2, 1, 1, 1), torch.zeros(1, 2)
+        half = prune.synflow_masks(model, x, sparsity=0.5, rounds=1)
+        assert not half["0.weight"].any()  # now every score is zero
+        most = prune.synflow_masks(model, x, sparsity=0.75, rounds=2)
+        assert all((half[n] | ~m).all() for n, m in most.items())
+        assert sum(int(m.sum()) for m in most.values()) == 1
+
     @settings(deadline=None, max_examples=10)
     @given(st.floats(0, 1), st.integers(1, 5))
     def test_synflow_masks_are_exact(self, sparsity, rounds):

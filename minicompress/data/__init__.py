@@ -10,12 +10,14 @@ from .images import digits, glyphs
 from .tasks import Task, few
 from .text import Reference, reference
 from .tokens import Tokenizer, tokenizer
+from .wordpiece import WordPiece
 
 __all__ = [
     "Docstrings",
     "Reference",
     "Task",
     "Tokenizer",
+    "WordPiece",
     "digits",
     "docstrings",
     "fashion_mnist",

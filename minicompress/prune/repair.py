@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import codes, obs
 from .masks import keep, n_m
 
+CHUNK = 1 << 24  # entries of the systems that are solved together
+
 
 def least_squares(
     W: Tensor, mask: Tensor, H: Tensor, *, damp: float = 0.01
@@ -58,7 +60,7 @@ def least_squares(
         )
     A = obs.damped(H.double(), damp=damp)
     target = W.double() @ A  # (out, in)
-    rows = max(1, 2**24 // max(1, A.numel()))  # systems of 128 MB at once
+    rows = max(1, CHUNK // max(1, A.numel()))
     parts = [
         _solve(A, m, t)
         for m, t in zip(mask.split(rows), target.split(rows), strict=True)

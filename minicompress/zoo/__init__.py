@@ -2,7 +2,8 @@
 
 Each is one `.mc` file beside this one, written by
 `chapters/experiments/train_zoo.py` together with its card: what it was
-trained on and how good it is.
+trained on and how good it is.  The exception is `encoder`: a pretrained
+network of 91 MB, read from the files of its publisher.
 """
 
 from pathlib import Path
@@ -10,6 +11,19 @@ from pathlib import Path
 from torch import nn
 
 from .. import data, storage, train
+from .pretrained import embed, encoder
+
+__all__ = [
+    "FOLDER",
+    "card",
+    "embed",
+    "encoder",
+    "load",
+    "names",
+    "path",
+    "quality",
+    "task",
+]
 
 FOLDER = Path(__file__).parent
 
