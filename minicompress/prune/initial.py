@@ -39,7 +39,7 @@ def snip(
     *,
     where: Where = matrices,
 ) -> dict[str, Tensor]:
-    """Score weights before training by |g w|: SNIP.
+    """Score weights before training by `|g w|`: SNIP.
 
     Put a gate c = 1 on each weight: g w is the gradient of the gate.
 
@@ -115,7 +115,7 @@ def synflow(
     """Score weights by the flow of ones that passes through them: SynFlow.
 
     R is the sum of the outputs for an input of ones when every weight is
-    |w|; the score is |w| dR/d|w|.  No data and no labels are needed.
+    `|w|`; the score is `|w| dR/d|w|`.  No data and no labels are needed.
 
     Parameters
     ----------
@@ -199,7 +199,7 @@ def _pairs(g: Iterable[Tensor], weights: dict) -> Iterator:
 
 
 def _positive(model: nn.Module, example) -> tuple[nn.Module, list[Tensor]]:
-    """Copy a model with |w|, without biases and norms; make its ones."""
+    """Copy a model with `|w|`, without biases and norms; make its ones."""
     net = trial(model).double()
     for module in list(net.modules()):
         for key, child in list(module.named_children()):

@@ -52,7 +52,7 @@ def keep(scores: Tensor, *, sparsity: float) -> Tensor:
 def magnitude(W: Tensor, *, sparsity: float) -> Tensor:
     """Keep the largest weights of a tensor by magnitude.
 
-    No other mask with as many weights has a smaller ||W - mask * W||.
+    No other mask with as many weights has a smaller `‖W - mask * W‖`.
 
     Parameters
     ----------

@@ -34,7 +34,8 @@ def magnitudes(
 
     Returns
     -------
-    {name: |w|}.
+    dict
+        The scores `|w|` by name.
     """
     scores = {
         name: w.detach().abs()

@@ -16,7 +16,7 @@ from .masks import keep_rows
 
 
 def taylor(w: Tensor, g: Tensor) -> Tensor:
-    """Score weights by |g w|, the first-order change of the loss.
+    """Score weights by `|g w|`, the first-order change of the loss.
 
     Parameters
     ----------
@@ -43,9 +43,9 @@ def taylor(w: Tensor, g: Tensor) -> Tensor:
 
 
 def gradient(g: Tensor) -> Tensor:
-    """Score weights by |g| alone: a counter-example, do not prune with it.
+    """Score weights by `|g|` alone: a counter-example, do not prune with it.
 
-    Removing a weight is a step of length |w|, however small the gradient.
+    Removing a weight is a step of length `|w|`, however small the gradient.
     Where training has ended every gradient is zero up to noise, so the rule
     "a small gradient means a useless weight" would remove anything.
 
@@ -154,7 +154,7 @@ def obs(W: Tensor, Hinv: Tensor) -> Tensor:
 
 
 def wanda_score(W: Tensor, norm: Tensor) -> Tensor:
-    """Score weights by |w| ‖x_j‖, weight times size of its input.
+    """Score weights by `|w| ‖x_j‖`, weight times size of its input.
 
     The square is exactly what the squared error of the layer's outputs
     rises by when this one weight is set to zero.
@@ -184,7 +184,7 @@ def wanda_score(W: Tensor, norm: Tensor) -> Tensor:
 
 
 def wanda(W: Tensor, norm: Tensor, *, sparsity: float) -> Tensor:
-    """Keep the weights with the largest |w| ‖x_j‖ of each output.
+    """Keep the weights with the largest `|w| ‖x_j‖` of each output.
 
     Scores are compared within a row only, and what is kept stays as it is.
 
