@@ -31,11 +31,16 @@ class Stats:
 
     Parameters
     ----------
-    gram : (in, in) sum of x x^T, float64.
-    mean, mean_abs : (in,) averages of x and |x|, float64.
-    low, high : (in,) smallest and largest x.
-    sample : (rows, in) some of the inputs, drawn evenly from all.
-    count : number of samples.
+    gram
+        (in, in) sum of x x^T, float64.
+    mean, mean_abs
+        (in,) averages of x and `|x|`, float64.
+    low, high
+        (in,) smallest and largest x.
+    sample
+        (rows, in) some of the inputs, drawn evenly from all.
+    count
+        number of samples.
     """
 
     gram: Tensor
@@ -72,13 +77,18 @@ def inputs(
 
     Parameters
     ----------
-    model : runs in evaluation mode without gradients; left as it was.
-    batches : a tensor each, or a tuple whose first entry is the input.
-    where : from the name and the weight of a layer to a bool; by default
+    model
+        runs in evaluation mode without gradients; left as it was.
+    batches
+        a tensor each, or a tuple whose first entry is the input.
+    where
+        from the name and the weight of a layer to a bool; by default
         every nn.Linear and nn.Conv2d.
-    forward : ``forward(model, batch)``, for models that need more than one
+    forward
+        ``forward(model, batch)``, for models that need more than one
         input.
-    rows : size of the sample of inputs that is kept for each layer.
+    rows
+        size of the sample of inputs that is kept for each layer.
 
     Returns
     -------
@@ -130,11 +140,15 @@ def sequential(
 
     Parameters
     ----------
-    model : left as it is.
-    batches : as for `inputs`; iterated once per layer.
-    compress : called with the name of a weight, its layer and the `Stats`;
+    model
+        left as it is.
+    batches
+        as for `inputs`; iterated once per layer.
+    compress
+        called with the name of a weight, its layer and the `Stats`;
         returns the new weight, as a tensor or as a code that decodes to it.
-    where, forward, rows : as for `inputs`.
+    where, forward, rows
+        as for `inputs`.
 
     Returns
     -------
@@ -181,8 +195,10 @@ def layers(
 
     Parameters
     ----------
-    model : a layer that occurs twice is listed under both names.
-    where : from a name and a weight to a bool.
+    model
+        a layer that occurs twice is listed under both names.
+    where
+        from a name and a weight to a bool.
 
     Returns
     -------
@@ -204,8 +220,10 @@ def samples(layer: nn.Module, x: Tensor) -> Tensor:
 
     Parameters
     ----------
-    layer : nn.Linear or nn.Conv2d.
-    x : (..., in) for a linear layer, (N, channels, H, W) for a convolution.
+    layer
+        nn.Linear or nn.Conv2d.
+    x
+        (..., in) for a linear layer, (N, channels, H, W) for a convolution.
 
     Returns
     -------

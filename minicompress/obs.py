@@ -20,8 +20,10 @@ def damped(H: Tensor, *, damp: float = 0.01) -> Tensor:
 
     Parameters
     ----------
-    H : (in, in) second moments of the inputs, symmetric.
-    damp : what is added to the diagonal, as a fraction of its mean.
+    H
+        (in, in) second moments of the inputs, symmetric.
+    damp
+        what is added to the diagonal, as a fraction of its mean.
 
     Returns
     -------
@@ -45,8 +47,10 @@ def factor(H: Tensor, *, damp: float = 0.01) -> Tensor:
 
     Parameters
     ----------
-    H : (in, in) second moments of the inputs, symmetric.
-    damp : what is added to the diagonal, as a fraction of its mean.
+    H
+        (in, in) second moments of the inputs, symmetric.
+    damp
+        what is added to the diagonal, as a fraction of its mean.
 
     Returns
     -------
@@ -108,19 +112,25 @@ def sweep(
 
     Parameters
     ----------
-    W : (out, in) weights.  The work is done in float64 if W is float64,
+    W
+        (out, in) weights.  The work is done in float64 if W is float64,
         else in float32.
-    H : (in, in) second moments of the inputs.
-    choose : called as ``choose(block, d, columns)`` when a block of columns
+    H
+        (in, in) second moments of the inputs.
+    choose
+        called as ``choose(block, d, columns)`` when a block of columns
         starts: its current weights (out, b), the diagonal entries d (b,) of
         U, and the numbers of its columns in W (b,).  It returns a rule
         ``rule(i, w) -> q`` that gives column i of the block, now w (out,),
         its final value.  ``block`` is a live view: inside the rule it holds
         the weights as they are by then (2:4 masks look there).
-    damp : fraction of the mean diagonal of H that is added to it.
-    block : columns that are updated together; changes the result only if
+    damp
+        fraction of the mean diagonal of H that is added to it.
+    block
+        columns that are updated together; changes the result only if
         `choose` looks at the block.
-    order : (in,) permutation, the order in which columns are fixed.
+    order
+        (in,) permutation, the order in which columns are fixed.
 
     Returns
     -------
@@ -201,7 +211,8 @@ def activation_order(H: Tensor) -> Tensor:
 
     Parameters
     ----------
-    H : (in, in) second moments of the inputs.
+    H
+        (in, in) second moments of the inputs.
 
     Returns
     -------
@@ -215,8 +226,10 @@ def layer_loss(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
 
     Parameters
     ----------
-    W, Q : (out, in) weights before and after.
-    H : (in, in) second moments of the inputs.
+    W, Q
+        (out, in) weights before and after.
+    H
+        (in, in) second moments of the inputs.
 
     Returns
     -------
@@ -231,9 +244,12 @@ def surgeon(W: Tensor, Hinv: Tensor, q: int) -> Tensor:
 
     Parameters
     ----------
-    W : (out, in) weights.
-    Hinv : (in, in) inverse of H.
-    q : the column to remove.
+    W
+        (out, in) weights.
+    Hinv
+        (in, in) inverse of H.
+    q
+        the column to remove.
 
     Returns
     -------
@@ -253,8 +269,10 @@ def downdate(Hinv: Tensor, q: int) -> Tensor:
 
     Parameters
     ----------
-    Hinv : (in, in) inverse of H.
-    q : the column that is fixed from now on.
+    Hinv
+        (in, in) inverse of H.
+    q
+        the column that is fixed from now on.
 
     Returns
     -------

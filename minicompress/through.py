@@ -19,7 +19,8 @@ def straight(w: Tensor, wq: Tensor) -> Tensor:
 
     Parameters
     ----------
-    w, wq : tensors of the same shape; wq is w after a step function.
+    w, wq
+        tensors of the same shape; wq is w after a step function.
 
     Returns
     -------
@@ -46,8 +47,10 @@ class Through(nn.Module):
 
     Parameters
     ----------
-    f : ``f(w, **tensors) -> w'`` of the same shape.
-    tensors : copied; an nn.Parameter is trained with the model (centroids,
+    f
+        ``f(w, **tensors) -> w'`` of the same shape.
+    tensors
+        copied; an nn.Parameter is trained with the model (centroids,
         scales, low-rank factors), any other tensor is a buffer (masks).
     """
 
@@ -86,12 +89,16 @@ def attach(
 
     Parameters
     ----------
-    model : left as it is.  A weight that occurs under several names (tied
+    model
+        left as it is.  A weight that occurs under several names (tied
         layers) is computed the same way under all of them.
-    names : of the parameters; a name, several, or a function from a name
+    names
+        of the parameters; a name, several, or a function from a name
         and a parameter to a bool.
-    f : ``f(w, **tensors) -> w'``, of the shape and dtype of w.
-    tensors : what else f needs.  A mapping from names to tensors gives each
+    f
+        ``f(w, **tensors) -> w'``, of the shape and dtype of w.
+    tensors
+        what else f needs.  A mapping from names to tensors gives each
         weight its own; a plain tensor is copied for each weight.
 
     Returns
@@ -134,7 +141,8 @@ def tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
 
     Parameters
     ----------
-    model : the result of `attach`, perhaps trained since.
+    model
+        the result of `attach`, perhaps trained since.
 
     Returns
     -------
@@ -154,7 +162,8 @@ def bake(model: nn.Module) -> nn.Module:
 
     Parameters
     ----------
-    model : left as it is.
+    model
+        left as it is.
 
     Returns
     -------

@@ -18,7 +18,8 @@ def params(model: nn.Module) -> int:
 
     Parameters
     ----------
-    model : buffers (running statistics) are not parameters.
+    model
+        buffers (running statistics) are not parameters.
 
     Returns
     -------
@@ -37,7 +38,8 @@ def nonzero(model: nn.Module) -> int:
 
     Parameters
     ----------
-    model : any module, masks written into its weights.
+    model
+        any module, masks written into its weights.
 
     Returns
     -------
@@ -64,8 +66,10 @@ def macs(model: nn.Module, *inputs) -> int:
 
     Parameters
     ----------
-    model : in whatever mode; counted in evaluation mode.
-    inputs : what the model is called with.  The first is a tensor whose
+    model
+        in whatever mode; counted in evaluation mode.
+    inputs
+        what the model is called with.  The first is a tensor whose
         first dimension is the batch, by which the count is divided.
 
     Returns
@@ -91,7 +95,8 @@ def macs_by_layer(model: nn.Module, *inputs) -> dict[str, int]:
 
     Parameters
     ----------
-    model, inputs : as for `macs`.
+    model, inputs
+        as for `macs`.
 
     Returns
     -------

@@ -45,10 +45,14 @@ def snip(
 
     Parameters
     ----------
-    model : not trained yet; left as it is.
-    batch : one batch, large enough that its mean gradient is no accident.
-    loss : ``loss(model, batch)``, a scalar.
-    where : from the name and tensor of a parameter to a bool.
+    model
+        not trained yet; left as it is.
+    batch
+        one batch, large enough that its mean gradient is no accident.
+    loss
+        ``loss(model, batch)``, a scalar.
+    where
+        from the name and tensor of a parameter to a bool.
 
     Returns
     -------
@@ -83,10 +87,14 @@ def grasp(
 
     Parameters
     ----------
-    model : not trained yet; left as it is.
-    batch : one batch.
-    loss : ``loss(model, batch)``, a scalar.
-    where : from the name and tensor of a parameter to a bool.
+    model
+        not trained yet; left as it is.
+    batch
+        one batch.
+    loss
+        ``loss(model, batch)``, a scalar.
+    where
+        from the name and tensor of a parameter to a bool.
 
     Returns
     -------
@@ -119,11 +127,14 @@ def synflow(
 
     Parameters
     ----------
-    model : left as it is.  The copy has no norms and no biases and computes
+    model
+        left as it is.  The copy has no norms and no biases and computes
         in float64: R is a product over layers, too large for float32.
-    example : input of the model, or a tuple of its inputs.  Only the shape
+    example
+        input of the model, or a tuple of its inputs.  Only the shape
         of one sample matters; inputs of integers (tokens) are used as given.
-    where : from the name and tensor of a parameter to a bool.
+    where
+        from the name and tensor of a parameter to a bool.
 
     Returns
     -------
@@ -164,9 +175,12 @@ def synflow_masks(
 
     Parameters
     ----------
-    model, example, where : as for `synflow`.
-    sparsity : fraction of all the chosen weights together that goes.
-    rounds : number of steps.
+    model, example, where
+        as for `synflow`.
+    sparsity
+        fraction of all the chosen weights together that goes.
+    rounds
+        number of steps.
 
     Returns
     -------

@@ -25,8 +25,10 @@ def keep(scores: Tensor, *, sparsity: float) -> Tensor:
 
     Parameters
     ----------
-    scores : any shape, larger = more important.
-    sparsity : fraction to remove, 0 to 1.
+    scores
+        any shape, larger = more important.
+    sparsity
+        fraction to remove, 0 to 1.
 
     Returns
     -------
@@ -56,8 +58,10 @@ def magnitude(W: Tensor, *, sparsity: float) -> Tensor:
 
     Parameters
     ----------
-    W : weights, any shape.
-    sparsity : fraction to remove, 0 to 1.
+    W
+        weights, any shape.
+    sparsity
+        fraction to remove, 0 to 1.
 
     Returns
     -------
@@ -93,9 +97,12 @@ def keep_each(
 
     Parameters
     ----------
-    scores : {name: scores of any shape}.
-    sparsity : fraction to remove from each tensor, 0 to 1.
-    rule : ``rule(scores, sparsity=...) -> mask``; `keep` or `keep_rows`.
+    scores
+        {name: scores of any shape}.
+    sparsity
+        fraction to remove from each tensor, 0 to 1.
+    rule
+        ``rule(scores, sparsity=...) -> mask``; `keep` or `keep_rows`.
 
     Returns
     -------
@@ -114,8 +121,10 @@ def keep_global(
 
     Parameters
     ----------
-    scores : {name: scores of any shape}.
-    sparsity : fraction to remove from all tensors together, 0 to 1.
+    scores
+        {name: scores of any shape}.
+    sparsity
+        fraction to remove from all tensors together, 0 to 1.
 
     Returns
     -------
@@ -148,8 +157,10 @@ def keep_rows(scores: Tensor, *, sparsity: float) -> Tensor:
 
     Parameters
     ----------
-    scores : (out, ...), for instance (out, in) or (out, in, kh, kw).
-    sparsity : fraction to remove from each row, 0 to 1.
+    scores
+        (out, ...), for instance (out, in) or (out, in, kh, kw).
+    sparsity
+        fraction to remove from each row, 0 to 1.
 
     Returns
     -------
@@ -196,11 +207,14 @@ def n_m(scores: Tensor, *, n: int = 2, m: int = 4) -> Tensor:
 
     Parameters
     ----------
-    scores : (out, in) or (in,).  A kernel (out, in, kh, kw) counts as the
+    scores
+        (out, in) or (in,).  A kernel (out, in, kh, kw) counts as the
         matrix (out, in * kh * kw) that its layer multiplies by, so that its
         groups run along the inputs in memory order.
-    n : how many stay in a group.
-    m : size of a group; divides the length of a row.
+    n
+        how many stay in a group.
+    m
+        size of a group; divides the length of a row.
 
     Returns
     -------
@@ -242,8 +256,10 @@ def threshold(scores: Tensor, tau: float) -> Tensor:
 
     Parameters
     ----------
-    scores : any shape.
-    tau : threshold; Han et al. take a multiple of the standard deviation
+    scores
+        any shape.
+    tau
+        threshold; Han et al. take a multiple of the standard deviation
         of each layer's weights.
 
     Returns
@@ -268,9 +284,12 @@ def random(W: Tensor, *, sparsity: float, seed: int = 0) -> Tensor:
 
     Parameters
     ----------
-    W : gives shape and device.
-    sparsity : fraction to remove, 0 to 1.
-    seed : decides which.
+    W
+        gives shape and device.
+    sparsity
+        fraction to remove, 0 to 1.
+    seed
+        decides which.
 
     Returns
     -------
@@ -296,10 +315,14 @@ def rigl(W: Tensor, grad: Tensor, mask: Tensor, *, fraction: float) -> Tensor:
 
     Parameters
     ----------
-    W : weights, any shape.
-    grad : dense gradient, also of the weights that are masked.
-    mask : bool, True = kept so far.
-    fraction : of the kept weights to replace, 0 to 1.
+    W
+        weights, any shape.
+    grad
+        dense gradient, also of the weights that are masked.
+    mask
+        bool, True = kept so far.
+    fraction
+        of the kept weights to replace, 0 to 1.
 
     Returns
     -------
@@ -337,7 +360,8 @@ def sparsity(mask: Tensor | Mapping[str, Tensor]) -> float:
 
     Parameters
     ----------
-    mask : bool tensor, or {name: bool tensor}, which count together.
+    mask
+        bool tensor, or {name: bool tensor}, which count together.
 
     Returns
     -------

@@ -25,10 +25,14 @@ def least_squares(
 
     Parameters
     ----------
-    W : (out, in) weights.
-    mask : (out, in) bool, True = keep.
-    H : (in, in) second moments of the inputs.
-    damp : what is added to the diagonal of H, as a fraction of its mean.
+    W
+        (out, in) weights.
+    mask
+        (out, in) bool, True = keep.
+    H
+        (in, in) second moments of the inputs.
+    damp
+        what is added to the diagonal of H, as a fraction of its mean.
 
     Returns
     -------
@@ -89,10 +93,14 @@ def surgeon(
 
     Parameters
     ----------
-    W : (out, in) weights.
-    H : (in, in) second moments of the inputs.
-    sparsity : fraction of each row that goes.
-    damp : what is added to the diagonal of H, as a fraction of its mean.
+    W
+        (out, in) weights.
+    H
+        (in, in) second moments of the inputs.
+    sparsity
+        fraction of each row that goes.
+    damp
+        what is added to the diagonal of H, as a fraction of its mean.
 
     Returns
     -------
@@ -129,10 +137,14 @@ def obc(
 
     Parameters
     ----------
-    W : (out, in) weights.
-    H : (in, in) second moments of the inputs.
-    sparsity : fraction of the layer that goes.
-    damp : what is added to the diagonal of H, as a fraction of its mean.
+    W
+        (out, in) weights.
+    H
+        (in, in) second moments of the inputs.
+    sparsity
+        fraction of the layer that goes.
+    damp
+        what is added to the diagonal of H, as a fraction of its mean.
 
     Returns
     -------
@@ -190,12 +202,18 @@ def sparsegpt(
 
     Parameters
     ----------
-    W : (out, in) weights; flatten a kernel with ``K.flatten(1)``.
-    H : (in, in) second moments of the inputs.
-    sparsity : fraction that goes of each block, all rows together.
-    n, m : in place of `sparsity`, keep n of each m neighbors in a row.
-    damp : what is added to the diagonal of H, as a fraction of its mean.
-    block : columns whose mask is chosen at once.  With n and m the mask is
+    W
+        (out, in) weights; flatten a kernel with ``K.flatten(1)``.
+    H
+        (in, in) second moments of the inputs.
+    sparsity
+        fraction that goes of each block, all rows together.
+    n, m
+        in place of `sparsity`, keep n of each m neighbors in a row.
+    damp
+        what is added to the diagonal of H, as a fraction of its mean.
+    block
+        columns whose mask is chosen at once.  With n and m the mask is
         chosen for m columns at a time, and the block changes nothing.
 
     Returns

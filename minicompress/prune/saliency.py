@@ -46,11 +46,15 @@ def gradients(
 
     Parameters
     ----------
-    model : left as it is.
-    batches : what `loss` takes: tensors, or tuples, lists and dicts of
+    model
+        left as it is.
+    batches
+        what `loss` takes: tensors, or tuples, lists and dicts of
         them; the first axis counts the samples.
-    loss : ``loss(model, batch)``, a scalar; the mean over its samples.
-    where : from the name and tensor of a parameter to a bool.
+    loss
+        ``loss(model, batch)``, a scalar; the mean over its samples.
+    where
+        from the name and tensor of a parameter to a bool.
 
     Returns
     -------
@@ -97,12 +101,18 @@ def curvature(
 
     Parameters
     ----------
-    model : left as it is.
-    batches : what `loss` takes; batches of equal size count the same.
-    loss : ``loss(model, batch)``, a scalar.
-    draws : sign vectors for each batch; the error falls as 1/sqrt(draws).
-    seed : of the signs.
-    where : from the name and tensor of a parameter to a bool.
+    model
+        left as it is.
+    batches
+        what `loss` takes; batches of equal size count the same.
+    loss
+        ``loss(model, batch)``, a scalar.
+    draws
+        sign vectors for each batch; the error falls as 1/sqrt(draws).
+    seed
+        of the signs.
+    where
+        from the name and tensor of a parameter to a bool.
 
     Returns
     -------
@@ -151,9 +161,12 @@ def movement(w: Tensor, scores: Tensor, sparsity: Tensor | float) -> Tensor:
 
     Parameters
     ----------
-    w : weights, any shape.
-    scores : as w, an nn.Parameter that starts at zero.
-    sparsity : fraction that is masked; a float64 tensor if it follows a
+    w
+        weights, any shape.
+    scores
+        as w, an nn.Parameter that starts at zero.
+    sparsity
+        fraction that is masked; a float64 tensor if it follows a
         schedule.
 
     Returns

@@ -28,8 +28,10 @@ def magnitudes(
 
     Parameters
     ----------
-    model : tied weights are scored once, under their first name.
-    where : from a name and a parameter to a bool; by default every
+    model
+        tied weights are scored once, under their first name.
+    where
+        from a name and a parameter to a bool; by default every
         parameter with two dimensions or more.
 
     Returns
@@ -55,8 +57,10 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
 
     Parameters
     ----------
-    model : left as it is.
-    masks : {name of a parameter: bool mask of its shape}.
+    model
+        left as it is.
+    masks
+        {name of a parameter: bool mask of its shape}.
 
     Returns
     -------
@@ -100,9 +104,12 @@ def cubic(
 
     Parameters
     ----------
-    t : time, for instance the step of the training.
-    start, end : times between which the sparsity grows.
-    initial, final : sparsity until `start` and from `end` on.
+    t
+        time, for instance the step of the training.
+    start, end
+        times between which the sparsity grows.
+    initial, final
+        sparsity until `start` and from `end` on.
 
     Returns
     -------
@@ -128,8 +135,10 @@ def geometric(rounds: int, *, per_round: float) -> list[float]:
 
     Parameters
     ----------
-    rounds : how many.
-    per_round : fraction of the weights left that a round removes.
+    rounds
+        how many.
+    per_round
+        fraction of the weights left that a round removes.
 
     Returns
     -------
@@ -162,10 +171,14 @@ def one_shot(
 
     Parameters
     ----------
-    model : left as it is.
-    score : ``score(model) -> {name: scores}`` says which weights compete.
-    sparsity : fraction of the scored weights to remove.
-    select : `keep_global`, `keep_each` or the like.
+    model
+        left as it is.
+    score
+        ``score(model) -> {name: scores}`` says which weights compete.
+    sparsity
+        fraction of the scored weights to remove.
+    select
+        `keep_global`, `keep_each` or the like.
 
     Returns
     -------
@@ -196,13 +209,19 @@ def iterative(
 
     Parameters
     ----------
-    model : trained; left as it is.
-    train : ``train(model) -> model``, fine-tuning.  One that replays the
+    model
+        trained; left as it is.
+    train
+        ``train(model) -> model``, fine-tuning.  One that replays the
         original learning rates makes this learning-rate rewinding.
-    score : ``score(model) -> {name: scores}``, of the model by then.
-    sparsity : fraction of the scored weights removed in the end.
-    rounds : how often to prune.
-    select : `keep_global`, `keep_each` or the like.
+    score
+        ``score(model) -> {name: scores}``, of the model by then.
+    sparsity
+        fraction of the scored weights removed in the end.
+    rounds
+        how often to prune.
+    select
+        `keep_global`, `keep_each` or the like.
 
     Returns
     -------
@@ -235,14 +254,21 @@ def lottery(
 
     Parameters
     ----------
-    model : at its initialization; left as it is.
-    train : ``train(model) -> model``, the full training.
-    score : ``score(model) -> {name: scores}``, of the trained model.
-    sparsity : fraction of the scored weights removed in the end.
-    rounds : how often to train and prune.
-    rewind : state_dict to reset to, for instance from early in training;
+    model
+        at its initialization; left as it is.
+    train
+        ``train(model) -> model``, the full training.
+    score
+        ``score(model) -> {name: scores}``, of the trained model.
+    sparsity
+        fraction of the scored weights removed in the end.
+    rounds
+        how often to train and prune.
+    rewind
+        state_dict to reset to, for instance from early in training;
         by default that of `model`.
-    select : `keep_global`, `keep_each` or the like.
+    select
+        `keep_global`, `keep_each` or the like.
 
     Returns
     -------
@@ -283,11 +309,16 @@ def gradual(
 
     Parameters
     ----------
-    score : ``score(model) -> {name: scores}``; sees an ordinary model.
-    start, end : steps between which the sparsity grows.
-    initial, final : sparsity at `start` and from `end` on.
-    every : steps between two changes of the masks.
-    select : `keep_global`, `keep_each` or the like.
+    score
+        ``score(model) -> {name: scores}``; sees an ordinary model.
+    start, end
+        steps between which the sparsity grows.
+    initial, final
+        sparsity at `start` and from `end` on.
+    every
+        steps between two changes of the masks.
+    select
+        `keep_global`, `keep_each` or the like.
 
     Returns
     -------

@@ -20,8 +20,10 @@ def taylor(w: Tensor, g: Tensor) -> Tensor:
 
     Parameters
     ----------
-    w : weights, any shape.
-    g : as w, gradient of the mean loss.  At a minimum it is zero, and all
+    w
+        weights, any shape.
+    g
+        as w, gradient of the mean loss.  At a minimum it is zero, and all
         that is left of this score is noise: use it before or while training.
 
     Returns
@@ -51,7 +53,8 @@ def gradient(g: Tensor) -> Tensor:
 
     Parameters
     ----------
-    g : gradient, any shape.
+    g
+        gradient, any shape.
 
     Returns
     -------
@@ -65,8 +68,10 @@ def fisher(w: Tensor, g2: Tensor) -> Tensor:
 
     Parameters
     ----------
-    w : weights, any shape.
-    g2 : as w, mean over samples of the squared gradient of *one* sample,
+    w
+        weights, any shape.
+    g2
+        as w, mean over samples of the squared gradient of *one* sample,
         from `gradients`.  The square of the mean gradient is no substitute:
         it vanishes at a minimum.
 
@@ -96,8 +101,10 @@ def obd(w: Tensor, h: Tensor) -> Tensor:
 
     Parameters
     ----------
-    w : weights, any shape.
-    h : broadcasts to w, diagonal of the Hessian (`curvature` estimates it).
+    w
+        weights, any shape.
+    h
+        broadcasts to w, diagonal of the Hessian (`curvature` estimates it).
         For the squared error of the outputs of one layer it is twice the
         diagonal of H = E[x x^T], the same for every row.
 
@@ -126,8 +133,10 @@ def obs(W: Tensor, Hinv: Tensor) -> Tensor:
 
     Parameters
     ----------
-    W : (out, in) weights; the rows share one Hessian.
-    Hinv : (in, in) inverse of the Hessian.  With the inverse of E[x x^T],
+    W
+        (out, in) weights; the rows share one Hessian.
+    Hinv
+        (in, in) inverse of the Hessian.  With the inverse of E[x x^T],
         which is half the Hessian of the layer's squared error, the score is
         half the rise of that error.
 
@@ -161,8 +170,10 @@ def wanda_score(W: Tensor, norm: Tensor) -> Tensor:
 
     Parameters
     ----------
-    W : (out, in) weights, or (out, channels, h, w) of a convolution.
-    norm : (in,) length of each input over all samples,
+    W
+        (out, in) weights, or (out, channels, h, w) of a convolution.
+    norm
+        (in,) length of each input over all samples,
         ``calibrate.inputs(model, batches)[name].norm``.
 
     Returns
@@ -190,9 +201,12 @@ def wanda(W: Tensor, norm: Tensor, *, sparsity: float) -> Tensor:
 
     Parameters
     ----------
-    W : (out, in) weights, or (out, channels, h, w) of a convolution.
-    norm : (in,) length of each input over all samples.
-    sparsity : fraction of each row that goes.
+    W
+        (out, in) weights, or (out, channels, h, w) of a convolution.
+    norm
+        (in,) length of each input over all samples.
+    sparsity
+        fraction of each row that goes.
 
     Returns
     -------
@@ -222,7 +236,8 @@ def snr(mu: Tensor, sigma: Tensor) -> Tensor:
 
     Parameters
     ----------
-    mu, sigma : mean and standard deviation of each weight's posterior.
+    mu, sigma
+        mean and standard deviation of each weight's posterior.
 
     Returns
     -------
@@ -247,9 +262,11 @@ def channel_entropy(acts: Tensor, *, bins: int = 32) -> Tensor:
 
     Parameters
     ----------
-    acts : (n, channels, ...) activations of one layer on n inputs; all that
+    acts
+        (n, channels, ...) activations of one layer on n inputs; all that
         follows the channels (height and width) is averaged.
-    bins : equal bins from the smallest to the largest average in the layer.
+    bins
+        equal bins from the smallest to the largest average in the layer.
         With B of them in use the entropy comes out about (B - 1) / 2n nats
         too small (Miller and Madow): take many more inputs than bins.
 
