@@ -18,8 +18,7 @@ def params(model: nn.Module) -> int:
 
     Parameters
     ----------
-    model
-        buffers (running statistics) are not parameters.
+    model : buffers (running statistics) are not parameters.
 
     Returns
     -------
@@ -38,8 +37,7 @@ def nonzero(model: nn.Module) -> int:
 
     Parameters
     ----------
-    model
-        any module, masks written into its weights.
+    model : any module, masks written into its weights.
 
     Returns
     -------
@@ -66,10 +64,8 @@ def macs(model: nn.Module, *inputs) -> int:
 
     Parameters
     ----------
-    model
-        in whatever mode; counted in evaluation mode.
-    inputs
-        what the model is called with.  The first is a tensor whose
+    model : in whatever mode; counted in evaluation mode.
+    inputs : what the model is called with.  The first is a tensor whose
         first dimension is the batch, by which the count is divided.
 
     Returns
@@ -95,8 +91,7 @@ def macs_by_layer(model: nn.Module, *inputs) -> dict[str, int]:
 
     Parameters
     ----------
-    model, inputs
-        as for `macs`.
+    model, inputs : as for `macs`.
 
     Returns
     -------

@@ -10,8 +10,7 @@ def sqnr(w: Tensor, w_hat: Tensor) -> float:
 
     Parameters
     ----------
-    w, w_hat
-        tensors of one shape, before and after.
+    w, w_hat : tensors of one shape, before and after.
 
     Returns
     -------
@@ -36,8 +35,7 @@ def agreement(logits: Tensor, other: Tensor) -> float:
 
     Parameters
     ----------
-    logits, other
-        (..., classes) outputs of the two models.
+    logits, other : (..., classes) outputs of the two models.
 
     Returns
     -------
@@ -64,10 +62,8 @@ def relative_error(W: Tensor, W_hat: Tensor, H: Tensor) -> float:
 
     Parameters
     ----------
-    W, W_hat
-        (out, in) weights before and after.
-    H
-        (in, in) second moments X^T X / samples of the inputs.
+    W, W_hat : (out, in) weights before and after.
+    H : (in, in) second moments X^T X / samples of the inputs.
 
     Returns
     -------

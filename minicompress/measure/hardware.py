@@ -51,16 +51,11 @@ def latency(
 
     Parameters
     ----------
-    f
-        called as ``f(*args)``; a model runs in evaluation mode.
-    args
-        the arguments.
-    repeats
-        timed calls.
-    warmup
-        calls before, not timed.
-    threads
-        number of threads torch may use, restored afterwards.
+    f : called as ``f(*args)``; a model runs in evaluation mode.
+    args : the arguments.
+    repeats : timed calls.
+    warmup : calls before, not timed.
+    threads : number of threads torch may use, restored afterwards.
 
     Returns
     -------
@@ -90,14 +85,10 @@ def compare(
 
     Parameters
     ----------
-    functions
-        {name: function without arguments}.
-    repeats
-        timed rounds, in each of which every function runs once.
-    warmup
-        rounds before, not timed.
-    threads
-        number of threads torch may use, restored afterwards.
+    functions : {name: function without arguments}.
+    repeats : timed rounds, in each of which every function runs once.
+    warmup : rounds before, not timed.
+    threads : number of threads torch may use, restored afterwards.
 
     Returns
     -------
@@ -151,12 +142,10 @@ def peak_memory(f: Callable, *args) -> int:
 
     Parameters
     ----------
-    f
-        called as ``f(*args)``.  A model runs in evaluation mode without
+    f : called as ``f(*args)``.  A model runs in evaluation mode without
         gradients; any other function runs as it is, so that a training
         step shows what its backward pass keeps.
-    args
-        the arguments.
+    args : the arguments.
 
     Returns
     -------
@@ -212,10 +201,8 @@ def machine(*, threads: int = 1, size: int = 1024) -> Machine:
 
     Parameters
     ----------
-    threads
-        number of threads torch may use.
-    size
-        the product is (size, size) by (size, size) in float32; what is
+    threads : number of threads torch may use.
+    size : the product is (size, size) by (size, size) in float32; what is
         copied and summed has 64 bytes for each of its entries.
 
     Returns
@@ -246,10 +233,8 @@ def roofline(
 
     Parameters
     ----------
-    macs, bytes
-        work to do and data to move.
-    peak, bandwidth
-        MACs and bytes per second of the machine.
+    macs, bytes : work to do and data to move.
+    peak, bandwidth : MACs and bytes per second of the machine.
 
     Returns
     -------
@@ -272,10 +257,8 @@ def amdahl(fraction: float, factor: float) -> float:
 
     Parameters
     ----------
-    fraction
-        share of the time that the part takes, 0 to 1.
-    factor
-        how many times faster the part becomes.
+    fraction : share of the time that the part takes, 0 to 1.
+    factor : how many times faster the part becomes.
 
     Returns
     -------

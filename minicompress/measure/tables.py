@@ -18,24 +18,15 @@ class Report:
 
     Parameters
     ----------
-    name
-        label of its row in a table.
-    params
-        parameters, shared ones counted once.
-    nonzero
-        parameters that are not 0.
-    bytes
-        length of the file that `storage` writes.
-    bits_per_weight
-        8 * bytes / parameters of the original.
-    macs
-        multiply-accumulates for one sample.
-    latency
-        `Timing` of one call on the example.
-    peak_memory
-        bytes of activations of one call on the example.
-    quality
-        what `metric` returned.
+    name : label of its row in a table.
+    params : parameters, shared ones counted once.
+    nonzero : parameters that are not 0.
+    bytes : length of the file that `storage` writes.
+    bits_per_weight : 8 * bytes / parameters of the original.
+    macs : multiply-accumulates for one sample.
+    latency : `Timing` of one call on the example.
+    peak_memory : bytes of activations of one call on the example.
+    quality : what `metric` returned.
     """
 
     name: str
@@ -64,23 +55,16 @@ def report(
 
     Parameters
     ----------
-    model
-        the model, left as it is.
-    state
-        its compressed tensors {name: Tensor or Code}; by default the
+    model : the model, left as it is.
+    state : its compressed tensors {name: Tensor or Code}; by default the
         tensors of the model.
-    name
-        label for tables.
-    like
-        the original, whose parameters divide the bits; by default the
+    name : label for tables.
+    like : the original, whose parameters divide the bits; by default the
         model itself.
-    example
-        an input with a batch dimension, or a tuple of inputs; needed
+    example : an input with a batch dimension, or a tuple of inputs; needed
         for MACs, activation memory and latency.
-    repeats
-        timed calls; 0 leaves the latency out.
-    batches, metric
-        quality is ``metric(model, batches)``, or
+    repeats : timed calls; 0 leaves the latency out.
+    batches, metric : quality is ``metric(model, batches)``, or
         ``metric(model)`` without batches.
 
     Returns
@@ -173,10 +157,8 @@ def table(reports: Iterable[Report], *, quality: str = "quality") -> Table:
 
     Parameters
     ----------
-    reports
-        one row each, in this order.
-    quality
-        heading of the last column, the name of the metric.
+    reports : one row each, in this order.
+    quality : heading of the last column, the name of the metric.
 
     Returns
     -------
