@@ -292,6 +292,33 @@ class TestSparseGPT:
         assert torch.equal(W, before[0])
         assert torch.equal(H, before[1])
 
+    @pytest.mark.parametrize("how", [{"sparsity": 0.5}, {"n": 2, "m": 4}])
+    def test_pruning_and_rounding_in_one_pass(self, how):
+        joint = apart = 0
+        for seed in range(8):
+            W, H, _ = case(out=16, n=24, seed=seed)
+            plain = prune.sparsegpt(W, H, **how)
+            same = prune.sparsegpt(W, H, **how, grid=torch.clone)
+            assert torch.equal(same.decode(), plain.decode())
+            step = W.abs().amax(1) / 3  # a scale for each row, 3 bits
+            both = prune.sparsegpt(
+                W, H, **how, grid=lambda w, step=step: (w / step).round() * step
+            )
+            k = both.decode() / step[:, None]
+            torch.testing.assert_close(k, k.round(), rtol=0, atol=1e-12)
+            assert both.mask.sum() == plain.mask.sum()
+            assert not both.decode()[~both.mask].any()
+            then = (plain.decode() / step[:, None]).round() * step[:, None]
+            joint += obs.layer_loss(W, both.decode(), H).sum()
+            apart += obs.layer_loss(W, then, H).sum()
+        assert joint < 0.9 * apart
+
+    def test_rounding_without_pruning_is_the_plain_sweep(self):
+        W, H, _ = case()
+        got = prune.sparsegpt(W, H, sparsity=0, grid=torch.round)
+        want, _ = obs.sweep(W, H, lambda *_: lambda i, w: w.round())
+        assert torch.equal(got.decode(), want)
+
     def test_half_types_and_files(self):
         W, H, _ = case(dtype=torch.float32)
         code = prune.sparsegpt(W.bfloat16(), H, sparsity=0.5)

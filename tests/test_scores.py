@@ -112,6 +112,32 @@ class TestFormulas:
             prune.obs(best[None], (1 / D).diag())[0], prune.obd(best, D)
         )
 
+    @settings(deadline=None, max_examples=25)
+    @given(
+        st.integers(1, 30), st.sampled_from([1e-5, 0.1, 10]), st.integers(0, 99)
+    )
+    def test_inverse_fisher_is_the_inverse(self, samples, damp, seed):
+        g = rand(samples, 8, seed=seed)
+        F2 = g.T @ g / samples + damp * torch.eye(8, dtype=g.dtype)
+        got = prune.inverse_fisher(g, damp=damp)
+        torch.testing.assert_close(
+            got, torch.linalg.inv(F2), rtol=1e-7, atol=1e-7
+        )
+        torch.testing.assert_close(got @ F2, torch.eye(8, dtype=g.dtype))
+        single = prune.inverse_fisher(g.float(), damp=damp)
+        want = prune.inverse_fisher(g.float().double(), damp=damp)
+        assert torch.equal(single, want.float())
+
+    def test_inverse_fisher_knows_what_its_diagonal_does_not(self):
+        """Two inputs alike: either can go, its weight moves to the other."""
+        g = rand(200, 3)
+        g[:, 1] = g[:, 0] + 0.01 * g[:, 1]
+        w = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64)
+        together = prune.obs(w[None], prune.inverse_fisher(g, damp=1e-6))[0]
+        alone = prune.fisher(w, g.square().mean(0))
+        assert together[:2].max() < 0.01 * together[2]
+        assert alone[:2].min() > 2 * alone[2]
+
     def test_wanda_squared_is_the_exact_error_of_zeroing_one_weight(self):
         W, X = rand(3, 5), rand(20, 5, seed=1)
         scores = prune.wanda_score(W, X.norm(dim=0))
@@ -160,6 +186,9 @@ class TestFormulas:
             (lambda: prune.fisher(torch.ones(2), torch.ones(1)), "g2 must"),
             (lambda: prune.snr(torch.ones(2), torch.ones(1)), "sigma must"),
             (lambda: prune.obs(torch.ones(1, 2), torch.eye(3)), "Hinv"),
+            (lambda: prune.inverse_fisher(torch.ones(3), damp=1), "g must"),
+            (lambda: prune.inverse_fisher(torch.ones(0, 3), damp=1), "g must"),
+            (lambda: prune.inverse_fisher(torch.ones(2, 3), damp=0), "damp"),
             (
                 lambda: prune.wanda_score(torch.ones(1, 2), torch.ones(3)),
                 "norm",

@@ -1,8 +1,8 @@
 """Say which code a stored result was computed with.
 
 A script of this folder ends with ``write(__file__, {...})``; its results
-are stale once the script, or a module of the library that it uses, has
-changed in more than comments, docstrings and blank lines.
+are stale once the script, or a module of the library or of this folder that
+it uses, has changed in more than comments, docstrings and blank lines.
 """
 
 import ast
@@ -47,6 +47,10 @@ def dependencies(script):
         for name in _imports(path):
             if name.split(".")[0] == LIBRARY:
                 todo += _files(name)
+            elif name.startswith("_") and name != "_stamp":
+                todo += [
+                    s for s in [path.with_name(name + ".py")] if s.exists()
+                ]
     return sorted(found)
 
 

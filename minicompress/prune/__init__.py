@@ -5,6 +5,14 @@ is kept; a repair moves the weights that are left and returns a code.
 """
 
 from .initial import grasp, snip, synflow, synflow_masks
+from .learned import (
+    HardConcrete,
+    expected_l0,
+    hard_concrete,
+    splice,
+    spliced,
+    sr_ste,
+)
 from .masks import (
     keep,
     keep_each,
@@ -33,6 +41,7 @@ from .scores import (
     channel_entropy,
     fisher,
     gradient,
+    inverse_fisher,
     obd,
     obs,
     snr,
@@ -42,16 +51,20 @@ from .scores import (
 )
 
 __all__ = [
+    "HardConcrete",
     "Moments",
     "channel_entropy",
     "cubic",
     "curvature",
+    "expected_l0",
     "fisher",
     "geometric",
     "gradient",
     "gradients",
     "gradual",
     "grasp",
+    "hard_concrete",
+    "inverse_fisher",
     "iterative",
     "keep",
     "keep_each",
@@ -74,6 +87,9 @@ __all__ = [
     "snr",
     "sparsegpt",
     "sparsity",
+    "splice",
+    "spliced",
+    "sr_ste",
     "surgeon",
     "synflow",
     "synflow_masks",

@@ -6,6 +6,8 @@ is the optimum for a mask that is given; `surgeon` and `obc` look for the
 mask one weight at a time; `sparsegpt` does both in a single pass.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -194,6 +196,7 @@ def sparsegpt(
     m: int | None = None,
     damp: float = 0.01,
     block: int = 128,
+    grid: Callable[[Tensor], Tensor] = lambda w: w,
 ) -> codes.Sparse:
     """Prune the columns from left to right; those behind make up for it.
 
@@ -215,6 +218,10 @@ def sparsegpt(
     block
         columns whose mask is chosen at once.  With n and m the mask is
         chosen for m columns at a time, and the block changes nothing.
+    grid
+        ``grid(w) -> w'`` rounds a column (out,) to values that can be
+        stored.  Columns behind make up for the rounding too: pruning and
+        quantization in one pass.
 
     Returns
     -------
@@ -238,20 +245,20 @@ def sparsegpt(
     mask = torch.ones_like(W, dtype=torch.bool)
     if sparsity is not None:
         _check_sparsity(sparsity)
-        choose = _by_block(mask, sparsity)
+        choose = _by_block(mask, grid, sparsity)
     else:
         if not 1 <= n <= m or W.shape[-1] % m:
             raise ValueError(
                 f"n of m must divide the rows of W {tuple(W.shape)} evenly, "
                 f"got {n=}, {m=}"
             )
-        choose = _by_group(mask, n, m)
+        choose = _by_group(mask, grid, n, m)
         block = max(block // m, 1) * m  # no group lies in two blocks
     Q, _ = obs.sweep(W, H, choose, damp=damp, block=block)
     return codes.sparse(Q, mask)
 
 
-def _by_block(mask: Tensor, sparsity: float) -> obs.Choose:
+def _by_block(mask: Tensor, grid: Callable, sparsity: float) -> obs.Choose:
     """Fill the mask block by block; exactly round(s * numel) go in all."""
 
     def choose(block, d, columns):
@@ -260,12 +267,12 @@ def _by_block(mask: Tensor, sparsity: float) -> obs.Choose:
         gone = round(sparsity * rows * b) - round(sparsity * rows * a)
         score = (block / d).square()
         mask[:, a:b] = keep(score, sparsity=gone / score.numel())
-        return lambda i, w: w * mask[:, a + i]
+        return lambda i, w: grid(w) * mask[:, a + i]
 
     return choose
 
 
-def _by_group(mask: Tensor, n: int, m: int) -> obs.Choose:
+def _by_group(mask: Tensor, grid: Callable, n: int, m: int) -> obs.Choose:
     """Fill the mask m columns at a time, from the weights as they are then."""
 
     def choose(block, d, columns):
@@ -275,7 +282,7 @@ def _by_group(mask: Tensor, n: int, m: int) -> obs.Choose:
             if i % m == 0:
                 score = (block[:, i : i + m] / d[i : i + m]).square()
                 mask[:, a + i : a + i + m] = n_m(score, n=n, m=m)
-            return w * mask[:, a + i]
+            return grid(w) * mask[:, a + i]
 
         return rule
 

@@ -162,6 +162,50 @@ def obs(W: Tensor, Hinv: Tensor) -> Tensor:
     return W.square() / (2 * Hinv.diagonal())
 
 
+def inverse_fisher(g: Tensor, *, damp: float) -> Tensor:
+    """Invert damp I + E[g g^T], the Fisher information in place of H.
+
+    One sample after the other (Sherman and Morrison), no matrix is ever
+    inverted:
+
+        F^-1 <- F^-1 - F^-1 g g^T F^-1 / (N + g^T F^-1 g)
+
+    Parameters
+    ----------
+    g
+        (N, n) gradients of single samples for n weights that are scored
+        together: a row, a small layer or a block of one.
+    damp
+        what is added to the diagonal, in the unit of g^2.
+
+    Returns
+    -------
+    (n, n) in the dtype of g, for `obs`.  Computed in float64; the time
+    grows as N n^2.
+
+    References
+    ----------
+    Singh and Alistarh, WoodFisher: Efficient Second-Order Approximation for
+    Neural Network Compression, arXiv:2004.14340.
+
+    Examples
+    --------
+    >>> g = torch.tensor([[1.0, 0.0], [1.0, 2.0]])
+    >>> Finv = inverse_fisher(g, damp=1.0)
+    >>> torch.allclose(Finv.inverse(), torch.eye(2) + g.T @ g / 2)
+    True
+    """
+    if g.ndim != 2 or not len(g):
+        raise ValueError(f"g must be (samples, n), got {tuple(g.shape)}")
+    if not damp > 0:
+        raise ValueError(f"damp must be positive, got {damp}")
+    Finv = torch.eye(g.shape[1], dtype=torch.float64, device=g.device) / damp
+    for x in g.double():
+        v = Finv @ x
+        Finv -= torch.outer(v, v) / (len(g) + x @ v)
+    return Finv.to(g.dtype)
+
+
 def wanda_score(W: Tensor, norm: Tensor) -> Tensor:
     """Score weights by `|w| ‖x_j‖`, weight times size of its input.
 
