@@ -2,8 +2,11 @@
 
 import inspect
 import json
+import re
 import sys
 from pathlib import Path
+
+from docutils import nodes
 
 ROOT = Path(__file__).resolve().parents[2]
 REPOSITORY = "https://github.com/minicompress/minicompress"
@@ -121,6 +124,25 @@ def insert_claims(app, docname, source):
     )
 
 
+def number_as_named(app, env):
+    """Give chapters/04_name.ipynb the number 4, also before 2 and 3 exist."""
+    changed = []
+    for doc, numbers in env.toc_secnumbers.items():
+        found = re.match(r"chapters/(\d+)_", doc)
+        if not found:
+            continue
+        chapter = int(found[1])
+        for anchor, number in numbers.items():
+            if number[0] != chapter:
+                numbers[anchor] = (chapter, *number[1:])
+                changed.append(doc)
+        entries = [*env.tocs[doc].findall(nodes.reference), env.titles[doc]]
+        for node in entries:
+            if node.get("secnumber"):
+                node["secnumber"] = (chapter, *node["secnumber"][1:])
+    return sorted(set(changed))
+
+
 def drop_icon_script(app, error):
     """Empty the theme's 1.5 MB icon script: its style sheet has the icons."""
     script = Path(app.outdir) / "_static" / "scripts" / "fontawesome.js"
@@ -138,4 +160,6 @@ def setup(app):
     app.connect("source-read", insert_claims)
     app.connect("build-finished", drop_icon_script)
     app.connect("env-get-outdated", always_read_claims)
+    # after Sphinx and sphinx_multitoc_numbering have counted
+    app.connect("env-get-updated", number_as_named, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
