@@ -8,8 +8,8 @@ encoder and a linear layer on top learn the modules of docstrings from 5
 labels per class.  Every sparsity gets the same steps; the learning rate is
 chosen for the dense encoder, on a draw that is not reported and 200 texts of
 its own.  400 texts, the same for all, are for testing only.  Beside it stands
-the probe of the frozen encoder, before any fine-tuning.  Ctrl-C is harmless: the same command goes
-on from where it stopped.
+the probe of the frozen encoder, before any fine-tuning.  Ctrl-C is harmless:
+the same command goes on from where it stopped.
 """
 
 from functools import partial

@@ -32,19 +32,20 @@ LENGTH, FULL = 64, 256  # tokens
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1, 3, 10)
 PASSAGES = 64  # of LENGTH tokens each, for calibration
 EMBEDDINGS = ("tokens.weight", "positions.weight", "types.weight")
-ALL = sorted({0.4, 0.6, *_pruning.SPARSITIES})
+GRID = sorted(_pruning.SPARSITIES)
+ALL = sorted({0.4, 0.6, *GRID})
 PLAN = {  # criterion: sparsities
     "global": ALL,
-    "sparsegpt": [0.3, 0.4, 0.5, 0.6, 0.7, 0.8],
-    "matrix": [0.3, 0.4, 0.5, 0.6, 0.7],
-    "random": [0.3, 0.5],
+    "sparsegpt": ALL,
+    "matrix": ALL,
+    "random": GRID,
     "2:4 magnitude": [0.5],
     "2:4 sparsegpt": [0.5],
-    "wanda": [0.3, 0.4, 0.5, 0.6],
+    "wanda": ALL,
     "with embeddings": [0.3, 0.4, 0.5],
-    "taylor": [0.3, 0.5],
-    "fisher": [0.3, 0.5],
-    "gradient": [0.3],
+    "taylor": GRID,
+    "fisher": GRID,
+    "gradient": GRID,
 }
 
 

@@ -104,7 +104,10 @@ def obd(w: Tensor, h: Tensor) -> Tensor:
     w
         weights, any shape.
     h
-        broadcasts to w, diagonal of the Hessian (`curvature` estimates it).
+        broadcasts to w, diagonal of the Hessian.  `curvature` estimates it,
+        with negative entries where the loss curves downwards; these would
+        go first.  The paper's Gauss-Newton diagonal has none: it is the
+        mean square from `gradients` with labels drawn from the model.
         For the squared error of the outputs of one layer it is twice the
         diagonal of H = E[x x^T], the same for every row.
 
