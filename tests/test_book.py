@@ -81,6 +81,16 @@ def test_front_page_leads_to_the_book():
     assert contents.pages()[0] in (SITE / "index.html").read_text()
 
 
+@pytest.mark.parametrize("name", CHAPTERS)
+def test_chapter_has_the_number_of_its_file(name):
+    number = int(re.match(r"chapters/(\d+)_", name)[1])
+    text = (SITE / name).read_text(encoding="utf8")
+    title = re.search(r'<h1><span class="section-number">(\d+)\. ', text)
+    assert int(title[1]) == number
+    front = (SITE / NAMES[0]).read_text(encoding="utf8")
+    assert re.search(rf'{name}">\s*{number}\. ', front)
+
+
 def test_links_inside_the_book_lead_somewhere(parsed):
     broken = []
     for path, page in parsed.items():

@@ -77,6 +77,20 @@ def test_the_same_figure_gives_the_same_bytes():
     assert widgets.png(ax) != widgets.png(line(3))
 
 
+def test_shrunk_picture_looks_the_same_in_half_the_bytes():
+    raw = io.BytesIO()
+    line(2).figure.savefig(raw, format="png")
+    small = widgets.shrink(raw.getvalue(), colors=64)
+    assert len(small) < 0.5 * len(raw.getvalue())
+    before, after = (
+        np.asarray(Image.open(io.BytesIO(b)).convert("RGB"), dtype=float)
+        for b in (raw.getvalue(), small)
+    )
+    assert before.shape == after.shape
+    assert np.abs(before - after).mean() < 1
+    assert widgets.shrink(small) == small
+
+
 def test_twenty_frames_of_a_line_weigh_less_than_200_kb():
     frames = widgets.slider(line, range(1, 21), label="p", alt="p is {}")
     assert len(images_in(frames)) == 20

@@ -7,6 +7,7 @@ order of their creation.
     python book/tools/run_notebook.py [NAME | PATH ...]     (default: all)
 """
 
+import base64
 import hashlib
 import os
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+
+from minicompress import widgets
 
 CHAPTERS = Path(__file__).resolve().parents[2] / "chapters"
 WIDGETS = "application/vnd.jupyter.widget-state+json"
@@ -39,6 +42,17 @@ def number_widgets(text, state, name):
     return text
 
 
+def shrink_pictures(nb):
+    """Store the pictures of all outputs with a palette of 64 colors."""
+    for cell in nb.cells:
+        for output in cell.get("outputs", []):
+            picture = output.get("data", {}).get("image/png")
+            if picture:
+                raw = base64.b64decode("".join(picture))
+                small = widgets.shrink(raw, colors=64)
+                output.data["image/png"] = base64.b64encode(small).decode()
+
+
 def execute(path, timeout=600):
     """Execute one notebook in place; return the number of code cells."""
     nb = nbformat.read(path, as_version=4)
@@ -59,13 +73,14 @@ def execute(path, timeout=600):
         resources={"metadata": {"path": str(path.parent)}},
     )
     client.execute(env={**os.environ, "PYTHONHASHSEED": "0"})
-    widgets = nb.metadata.get("widgets")
+    shrink_pictures(nb)
+    sliders = nb.metadata.get("widgets")
     nb.metadata = nbformat.from_dict(
         {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     )
-    if widgets and widgets.get(WIDGETS, {}).get("state"):
-        nb.metadata["widgets"] = widgets
-        state = widgets[WIDGETS]["state"]
+    if sliders and sliders.get(WIDGETS, {}).get("state"):
+        nb.metadata["widgets"] = sliders
+        state = sliders[WIDGETS]["state"]
         text = number_widgets(nbformat.writes(nb), state, path.name)
         nb = nbformat.reads(text, as_version=4)  # writing sorts the new ids
     nbformat.validate(nb)
