@@ -8,7 +8,6 @@ masks.  `table` makes all rows for one kind of model.
 from dataclasses import dataclass
 from functools import lru_cache
 
-import _stamp
 import torch
 from _pruning import Store, file_bytes
 from tqdm import tqdm
@@ -216,7 +215,7 @@ def quality(model, task, split="test"):
 def table(
     script, sights, task, *, tune, feeds, lrs, starts=(), begin=None, leave=()
 ):
-    """Measure every criterion and store the rows.
+    """Measure every criterion.
 
     sights     one for each seed
     tune       (masked models, lr) -> models, training after the pruning
@@ -294,13 +293,10 @@ def table(
         {n: torch.ones_like(w, dtype=bool) for n, w in v.weights.items()}
         for v in sights
     ]
-    _stamp.write(
-        script,
-        {
-            "lr": lr,
-            "weights": sum(w.numel() for w in sights[0].weights.values()),
-            "dense": row(nets, full),
-            "dense, trained on": [quality(n, task) for n in tune(nets, lr)],
-            "rows": rows,
-        },
-    )
+    return {
+        "lr": lr,
+        "weights": sum(w.numel() for w in sights[0].weights.values()),
+        "dense": row(nets, full),
+        "dense, trained on": [quality(n, task) for n in tune(nets, lr)],
+        "rows": rows,
+    }

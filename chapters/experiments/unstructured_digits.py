@@ -5,6 +5,7 @@ with training after the pruning, with training while it is pruned, or before
 any training; the last gets as many steps in all as the others together.
 """
 
+import _stamp
 import torch
 from _criteria import look, table
 from _pruning import layers
@@ -37,7 +38,7 @@ def main():
         some = torch.randperm(len(X), generator=dice)[:256]
         batch = X[some], y[some]
         sights.append(look(net, layers(net), [batch], draws=64))
-    table(
+    found = table(
         __file__,
         sights,
         task,
@@ -47,6 +48,7 @@ def main():
         starts=starts,
         begin=lambda nets: train.fit_many(nets, feeds(EPOCHS + MORE, 0), lr=LR),
     )
+    _stamp.write(__file__, found)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ As `unstructured_digits`, with shorter training: two epochs, and half an
 epoch after the pruning.  OBC would take too long for the wide layers.
 """
 
+from itertools import islice
+
+import _stamp
 import torch
 from _criteria import look, table
 from _pruning import layers
@@ -20,14 +23,15 @@ def main():
 
     def feeds(steps=MORE, seed=100):
         epochs = -(-steps * 64 // len(task.train[0]))
-        return [
+        epochwise = (
             train.batches(*task.train, size=64, epochs=epochs, seed=seed + s)
             for s in range(SEEDS)
-        ]
+        )
+        return [list(islice(feed, steps)) for feed in epochwise]
 
     def fit(nets, steps, lr, seed):
         pairs = zip(nets, feeds(steps, seed), strict=True)
-        return [train.fit(n, b, lr=lr, steps=steps) for n, b in pairs]
+        return [train.fit(n, b, lr=lr) for n, b in pairs]
 
     starts = []
     for seed in range(SEEDS):
@@ -41,7 +45,7 @@ def main():
         some = torch.randperm(len(X), generator=dice)[:256]
         batch = X[some], y[some]
         sights.append(look(net, layers(net), [batch], draws=16))
-    table(
+    found = table(
         __file__,
         sights,
         task,
@@ -52,6 +56,7 @@ def main():
         starts=starts,
         begin=lambda nets: fit(nets, STEPS + MORE, LR, 0),
     )
+    _stamp.write(__file__, found)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ those of the training after the pruning.  Pruning before training is left
 out: it would need the whole training for each number; OBC for its time.
 """
 
+import _stamp
 from _criteria import look, table
 from _pruning import layers
 
@@ -34,7 +35,7 @@ def main():
         look(net, layers(net, leave=("head",)), list(b), draws=8)
         for b in feeds(8, 0)
     ]
-    table(
+    found = table(
         __file__,
         sights,
         task,
@@ -43,6 +44,7 @@ def main():
         leave=("OBC",),
         lrs=(1e-4, 3e-4, 1e-3, 3e-3),
     )
+    _stamp.write(__file__, found)
 
 
 if __name__ == "__main__":
