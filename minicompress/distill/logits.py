@@ -45,18 +45,19 @@ def soften(v: Tensor, temperature: float) -> Tensor:
     return (v / _positive(temperature)).softmax(-1)
 
 
-def kl(v: Tensor, z: Tensor, temperature: float) -> Tensor:
+def kl(z: Tensor, v: Tensor, temperature: float) -> Tensor:
     """Compute D_KL(p_T || q_T), how much the student misses of the teacher.
 
-    The teacher stands first, as in the formula.  The gradient with respect
-    to the z of one sample is (q_T - p_T) / T.
+    The teacher's p stands first in the formula, the student's z first among
+    the arguments, as in all losses here.  The gradient with respect to the
+    z of one sample is (q_T - p_T) / T.
 
     Parameters
     ----------
-    v
-        teacher's logits (n, classes); its dtype and device may differ.
     z
         student's logits (n, classes).
+    v
+        teacher's logits (n, classes); its dtype and device may differ.
     temperature
         T > 0, for both.
 
@@ -67,10 +68,10 @@ def kl(v: Tensor, z: Tensor, temperature: float) -> Tensor:
     Examples
     --------
     >>> v, z = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 0.0]])
-    >>> round(kl(v, z, 1.0).item(), 4), kl(v, v, 1.0).item()
+    >>> round(kl(z, v, 1.0).item(), 4), kl(v, v, 1.0).item()
     (0.3278, 0.0)
     """
-    return _divergence(v, z, temperature).mean()
+    return _divergence(z, v, temperature).mean()
 
 
 def hinton(
@@ -125,7 +126,7 @@ def hinton(
             )
     elif not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
-    soft = temperature**2 * _divergence(v, z, temperature)
+    soft = temperature**2 * _divergence(z, v, temperature)
     if y is None:
         if isinstance(alpha, Tensor) or alpha != 1:
             raise ValueError(f"y is None: alpha must be 1, got {alpha}")
@@ -228,7 +229,7 @@ def dkd(
 
     # log-probabilities are logits too: at T = 1 kl renormalizes them
     tckd, nckd = (
-        kl(a, b, 1.0) for a, b in zip(split(v), split(z), strict=True)
+        kl(b, a, 1.0) for a, b in zip(split(v), split(z), strict=True)
     )
     return temperature**2 * (alpha * tckd + beta * nckd)
 
@@ -304,12 +305,12 @@ def mutual(logits: Sequence[Tensor], y: Tensor) -> list[Tensor]:
         raise ValueError(f"logits: two students or more, got {len(logits)}")
     losses = []
     for k, z in enumerate(logits):
-        peers = [kl(v, z, 1.0) for j, v in enumerate(logits) if j != k]
+        peers = [kl(z, v, 1.0) for j, v in enumerate(logits) if j != k]
         losses.append(_cross_entropy(z, y).mean() + sum(peers) / len(peers))
     return losses
 
 
-def _divergence(v: Tensor, z: Tensor, temperature: float) -> Tensor:
+def _divergence(z: Tensor, v: Tensor, temperature: float) -> Tensor:
     """Compute D_KL(p_T || q_T) of each sample (n,)."""
     log_p = (_teacher(v, z) / _positive(temperature)).log_softmax(-1)
     log_q = (z / temperature).log_softmax(-1)
