@@ -1,4 +1,4 @@
-"""What the experiments on pruning share: layers, files, calibration."""
+"""What experiments share: the weights to prune, files, kept results."""
 
 import json
 from dataclasses import replace
