@@ -12,7 +12,7 @@ from torch import nn
 
 from minicompress import models, train
 from minicompress.distill import datafree as D
-from minicompress.distill import logits, teaching
+from minicompress.distill import invert, jsd, logits, teaching
 
 
 def rand(*shape, seed=0):
@@ -185,6 +185,40 @@ class TestTerms:
         assert made(0.0) > 0.2
 
 
+class TestDisagreement:
+    @settings(deadline=None, max_examples=15)
+    @given(st.integers(0, 2**16), st.floats(0.1, 30))
+    def test_value_by_numpy(self, seed, scale):
+        z, v = (scale * rand(4, 3, seed=seed + i).double() for i in (0, 1))
+        q, p = z.softmax(1).numpy(), v.softmax(1).numpy()
+        m = (p + q) / 2
+        js = (p * np.log(p / m) + q * np.log(q / m)).sum() / 2 / 4
+        got = D.disagreement_loss(z, v).item()
+        assert got == pytest.approx(1 - js, abs=1e-12)
+        assert 1 - math.log(2) <= got <= 1
+        assert D.disagreement_loss(v, z).item() == pytest.approx(got)
+        assert D.disagreement_loss(v, v + 5).item() == pytest.approx(1)
+
+    def test_gradient_by_finite_differences_into_both(self):
+        z, v = (rand(3, 4, seed=i).double().requires_grad_() for i in (0, 1))
+        assert torch.autograd.gradcheck(D.disagreement_loss, (z, v))
+        for g in torch.autograd.grad(D.disagreement_loss(z, v), (z, v)):
+            assert g.any()
+        # jsd alone, a loss for students, would leave the teacher out
+        (g,) = torch.autograd.grad(jsd(z, v), v, allow_unused=True)
+        assert g is None
+
+    def test_gradient_into_the_inputs_of_two_networks(self):
+        torch.manual_seed(0)
+        a, b = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+        x = rand(4, 5).double().requires_grad_()
+        f = lambda x: D.disagreement_loss(a(x), b(x))  # noqa: E731
+        assert torch.autograd.gradcheck(f, x)
+        # the mistake: as if one of them did not see the inputs
+        half = lambda x: D.disagreement_loss(a(x), b(x).detach())  # noqa: E731
+        assert not torch.allclose(slope(half, x.detach()), slope(f, x.detach()))
+
+
 @pytest.fixture(scope="module")
 def setting():
     """Return inputs of three classes, bars in three places, and a teacher."""
@@ -207,7 +241,7 @@ class TestInvert:
     def test_inputs_have_the_wanted_classes_and_moments(self, setting):
         teacher, _, _ = setting
         shape = (31, 1, 9, 9)
-        x, labels = D.invert(teacher, shape, 3, steps=50)
+        x, labels = invert(teacher, shape, 3, steps=50)
         assert x.shape == shape and x.dtype == torch.float32
         assert labels.bincount().tolist() == [11, 10, 10]
         assert train.accuracy(teacher, x, labels) == 1
@@ -215,18 +249,18 @@ class TestInvert:
             teacher, rand(*shape)
         )
         # the term is what does it
-        loose, _ = D.invert(teacher, shape, 3, steps=50, bn=0)
+        loose, _ = invert(teacher, shape, 3, steps=50, bn=0)
         near = D.batchnorm_loss(teacher, x)
         assert near < 0.3 * D.batchnorm_loss(teacher, loose)
-        rough, _ = D.invert(teacher, shape, 3, steps=50, tv=0)
-        smooth, _ = D.invert(teacher, shape, 3, steps=50, tv=1)
+        rough, _ = invert(teacher, shape, 3, steps=50, tv=0)
+        smooth, _ = invert(teacher, shape, 3, steps=50, tv=1)
         assert D.total_variation(smooth) < 0.9 * D.total_variation(rough)
-        small, _ = D.invert(teacher, shape, 3, steps=50, bn=0, l2=10)
+        small, _ = invert(teacher, shape, 3, steps=50, bn=0, l2=10)
         assert small.square().mean() < 0.5 * loose.square().mean()
 
     def test_a_student_learns_from_them(self, setting):
         teacher, X, y = setting
-        x, labels = D.invert(teacher, (96, 1, 9, 9), 3, steps=80)
+        x, labels = invert(teacher, (96, 1, 9, 9), 3, steps=80)
         torch.manual_seed(1)
         student = train.fit(
             models.MLP(widths=(81, 16, 3)),
@@ -243,9 +277,9 @@ class TestInvert:
         torch.manual_seed(5)
         state = torch.get_rng_state()
         args = teacher, (6, 1, 9, 9), 3
-        a, labels = D.invert(*args, steps=3)
-        b, _ = D.invert(*args, steps=3)
-        c, _ = D.invert(*args, steps=3, seed=1)
+        a, labels = invert(*args, steps=3)
+        b, _ = invert(*args, steps=3)
+        c, _ = invert(*args, steps=3, seed=1)
         assert torch.equal(torch.get_rng_state(), state)
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
@@ -256,7 +290,7 @@ class TestInvert:
         for k, t in teacher.state_dict().items():
             assert torch.equal(t, before[k])
         with torch.no_grad():  # gradients are switched on where needed
-            assert torch.equal(D.invert(*args, steps=3)[0], a)
+            assert torch.equal(invert(*args, steps=3)[0], a)
 
     def test_one_step_by_hand(self, setting):
         teacher, _, _ = setting
@@ -269,29 +303,85 @@ class TestInvert:
             smooth = 3 * D.total_variation(x)
             return ce + near + smooth + 4 * x.square().mean()
 
-        got, _ = D.invert(
+        got, _ = invert(
             teacher, (6, 1, 9, 9), 3, steps=1, lr=0.1, bn=2, tv=3, l2=4
         )
         # Adam's first step has the length lr whatever the gradient
         step = 0.1 * slope(loss, x).sign()
         torch.testing.assert_close(got, x - step, rtol=0, atol=1e-4)
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_a_student_moves_them_to_where_it_is_wrong(self, setting, seed):
+        teacher, X, y = setting
+        torch.manual_seed(seed)
+        student = train.fit(  # knows the data, but not all of the teacher
+            models.CNN(channels=(4, 4), classes=3),
+            train.batches(X, y, size=30, epochs=8, seed=seed),
+            lr=0.01,
+        ).train()
+        student.zero_grad()
+        before = {k: t.clone() for k, t in student.state_dict().items()}
+
+        def divergence(**options):
+            shape, options = (12, 1, 9, 9), {"seed": seed, **options}
+            x, labels = invert(teacher, shape, 3, steps=40, **options)
+            assert train.accuracy(teacher, x, labels) == 1
+            with train.evaluating(student), train.evaluating(teacher):
+                return jsd(student(x), teacher(x)).item()
+
+        none = divergence()
+        some, much = (
+            divergence(student=student, compete=c) for c in (1.0, 3.0)
+        )
+        assert none < some < much
+        assert much > 1.2 * none
+        assert student.training
+        assert all(p.grad is None for p in student.parameters())
+        for k, t in student.state_dict().items():
+            assert torch.equal(t, before[k])
+
+    def test_one_step_with_a_student_by_hand(self, setting):
+        teacher, _, _ = setting
+        torch.manual_seed(3)
+        student = models.CNN(channels=(4, 4), classes=3).double().eval()
+        x = rand(6, 1, 9, 9)
+
+        def loss(x):
+            z, v = student.float()(x), teacher(x)
+            q, p = z.softmax(1), v.softmax(1)
+            m = (p + q) / 2
+            js = (p * (p / m).log() + q * (q / m).log()).sum(1).mean() / 2
+            ce = F.cross_entropy(v, torch.arange(6) % 3)
+            return ce - 50 * js
+
+        got, _ = invert(
+            *(teacher, (6, 1, 9, 9), 3),
+            **dict(steps=1, lr=0.1, bn=0, tv=0, l2=0),
+            **dict(student=student.double(), compete=50.0),
+        )
+        grad = slope(loss, x)
+        clear = grad.abs() > 1e-6  # a sign of rounding is no sign
+        assert clear.float().mean() > 0.9
+        step = 0.1 * grad.sign()
+        far = ((got - (x - step)).abs() > 1e-3) & clear
+        assert not far.any()
+
     def test_bounds(self, setting):
         teacher, _, _ = setting
-        x, _ = D.invert(teacher, (4, 1, 9, 9), 3, steps=5, bounds=(0, 1))
+        x, _ = invert(teacher, (4, 1, 9, 9), 3, steps=5, bounds=(0, 1))
         assert x.min() == 0 and x.max() == 1
         with pytest.raises(ValueError, match="bounds"):
-            D.invert(teacher, (4, 1, 9, 9), 3, bounds=(1, 0))
+            invert(teacher, (4, 1, 9, 9), 3, bounds=(1, 0))
 
     def test_a_teacher_without_statistics(self):
         torch.manual_seed(0)
         teacher = models.MLP(widths=(16, 32, 3))
         with pytest.raises(ValueError, match="bn=0"):
-            D.invert(teacher, (6, 1, 4, 4), 3, steps=5)
-        x, labels = D.invert(teacher, (6, 1, 4, 4), 3, steps=60, bn=0)
+            invert(teacher, (6, 1, 4, 4), 3, steps=5)
+        x, labels = invert(teacher, (6, 1, 4, 4), 3, steps=60, bn=0)
         assert train.accuracy(teacher, x, labels) == 1
         teacher.double()
-        x, labels = D.invert(teacher, (6, 16), 3, steps=60, bn=0, tv=0)
+        x, labels = invert(teacher, (6, 16), 3, steps=60, bn=0, tv=0)
         assert x.dtype == torch.float64
         assert train.accuracy(teacher, x, labels) == 1
 
@@ -304,4 +394,4 @@ class TestInvert:
             ((6, 1, 9, 9), 3, {"steps": 0}, "steps"),
         ):
             with pytest.raises(ValueError, match=words):
-                D.invert(teacher, shape, classes, **options)
+                invert(teacher, shape, classes, **options)

@@ -285,6 +285,163 @@ class TestTinyBERT:
         assert distill.layer_map(*sizes) == layers
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [distill.cosine, distill.tinybert_hidden, distill.hint],
+)
+def test_states_of_the_teacher_itself_cost_nothing(loss):
+    model = encoder()
+    with distill.record(model, ["blocks.0", "blocks.1"]) as seen:
+        model(ids())
+    first, second = seen.values()
+    x = first.detach().requires_grad_()
+    value = loss(x, first)
+    value.backward()
+    assert value.abs() < 1e-15
+    assert x.grad.abs().max() < 1e-15
+    assert loss(second, first) > 0.01
+
+
+def test_scores_of_the_teacher_itself_cost_nothing():
+    q, k, v = last(encoder())
+    S = distill.attention_scores(q, k, 2, causal=True)
+    assert distill.tinybert_attention(S, S) == 0
+    other = distill.attention_scores(q, v, 2, causal=True)
+    assert distill.tinybert_attention(other, S) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masks_in_half_precision(dtype):
+    s, t = (
+        tuple(x.detach().to(dtype) for x in last(encoder(width=w), MASK))
+        for w in (4, 8)
+    )
+    wide = distill.minilm(*(tuple(x.double() for x in y) for y in (s, t)), 2)
+    for options in ({}, {"causal": True}, {"mask": MASK}):
+        q, k, v = (x.clone().requires_grad_() for x in s)
+        loss = distill.minilm((q, k, v), t, 2, **options)
+        loss.backward()
+        assert loss.dtype == dtype and loss > 0
+        assert all(x.grad.isfinite().all() for x in (q, k, v))
+        if not options:
+            torch.testing.assert_close(loss.double(), wide, rtol=0.1, atol=0)
+
+
+class TestInherit:
+    @staticmethod
+    def model(layers, seed=0, **options):
+        torch.manual_seed(seed)
+        config = dict(vocab=11, width=8, heads=2, ff=8, context=8)
+        return models.LM(layers=layers, **{**config, **options})
+
+    def test_all_layers_are_the_teacher(self):
+        teacher, student = self.model(3), self.model(3, seed=1)
+        assert not torch.equal(student(ids()), teacher(ids()))
+        got = distill.inherit(student, teacher)
+        assert torch.equal(got(ids()), teacher(ids()))
+        assert got.head.weight is got.tokens.weight  # tied as before
+        # the knock-out: each layer, but not in this order
+        mixed = distill.inherit(student, teacher, layers=[1, 0, 2])
+        assert not torch.equal(mixed(ids()), teacher(ids()))
+        # and the teacher's layers alone are not the teacher
+        for name in ("tokens", "positions", "norm"):
+            part = distill.inherit(student, teacher)
+            part.get_submodule(name).weight.data += 0.1 * torch.rand(8)
+            assert not torch.equal(part(ids()), teacher(ids()))
+
+    @pytest.mark.parametrize(
+        ("layers", "taken"),
+        [(None, [1, 3, 5]), ([0, 2, 4], [0, 2, 4]), ((5, 5, 0), [5, 5, 0])],
+    )
+    def test_which_layers(self, layers, taken):
+        teacher, student = self.model(6), self.model(3, seed=1)
+        got = distill.inherit(student, teacher, layers=layers)
+        want = self.model(3)
+        want.blocks = nn.ModuleList(teacher.blocks[j] for j in taken)
+        want.load_state_dict(
+            {
+                name: x
+                for name, x in teacher.state_dict().items()
+                if not name.startswith("blocks.")
+            },
+            strict=False,
+        )
+        assert torch.equal(got(ids()), want(ids()))
+
+    def test_copies_and_leaves_both_alone(self):
+        teacher, student = self.model(4), self.model(2, seed=1).double()
+        before = [m(ids()) for m in (teacher, student)]
+        got = distill.inherit(student, teacher)
+        assert got.head.weight.dtype == torch.float64
+        with torch.no_grad():
+            for p in got.parameters():
+                p.zero_()
+        for x, m in zip(before, (teacher, student), strict=True):
+            assert torch.equal(m(ids()), x)
+        assert all(p.requires_grad for p in got.parameters())
+
+    def test_what_does_not_fit_outside_the_stack_stays(self):
+        teacher = self.model(4)
+        student = self.model(2, seed=1, vocab=13, context=6)
+        got = distill.inherit(student, teacher)
+        assert torch.equal(got.tokens.weight, student.tokens.weight)
+        assert torch.equal(got.positions.weight, student.positions.weight)
+        assert torch.equal(got.norm.weight, teacher.norm.weight)
+        for a, b in zip(
+            got.blocks.parameters(),
+            [*teacher.blocks[1].parameters(), *teacher.blocks[3].parameters()],
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+    def test_any_stack_with_buffers(self):
+        def net(layers):
+            return nn.ModuleDict(
+                {
+                    "body": nn.ModuleList(
+                        nn.BatchNorm1d(3) for _ in range(layers)
+                    ),
+                    "last": nn.BatchNorm1d(3),
+                }
+            )
+
+        teacher = net(4)
+        for i, m in enumerate([*teacher["body"], teacher["last"]]):
+            m.running_mean += i
+        got = distill.inherit(net(2), teacher, stack="body")
+        means = [m.running_mean[0].item() for m in got["body"]]
+        assert means == [1, 3]
+        assert got["last"].running_mean[0] == 4
+
+    def test_bad_arguments_are_named(self):
+        teacher, student = self.model(4), self.model(2)
+        wide = self.model(2, width=12)
+        plain = nn.Linear(2, 2)
+        for call, words in (
+            (lambda: distill.inherit(plain, teacher), "stack: student"),
+            (lambda: distill.inherit(student, plain), "stack: teacher"),
+            (
+                lambda: distill.inherit(student, teacher, stack="norm"),
+                "stack: student .*'norm'",
+            ),
+            (lambda: distill.inherit(teacher, student), "student: 4"),
+            (
+                lambda: distill.inherit(student, teacher, layers=[1]),
+                r"layers: 2 indices below 4, not \[1\]",
+            ),
+            (
+                lambda: distill.inherit(student, teacher, layers=[1, -1]),
+                "layers",
+            ),
+            (
+                lambda: distill.inherit(wide, teacher),
+                r"student: blocks.0 does not fit blocks.1 (.|\n)*q.weight",
+            ),
+        ):
+            with pytest.raises(ValueError, match=words):
+                call()
+
+
 def last(model, mask=None):
     names = qkv_names(len(model.blocks) - 1)
     with distill.record(model, names) as seen:

@@ -149,6 +149,28 @@ class TestDivergences:
             assert g.isfinite().all()
         assert distill.reverse_kl(z, v) > 1e300
 
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_a_token_that_both_forbid(self, loss, dtype):
+        z, v = rand(2, 3).to(dtype), rand(2, 3, seed=1).to(dtype)
+        want = loss(z[:, :2], v[:, :2])
+        z[:, 2] = v[:, 2] = -math.inf
+        z.requires_grad_()
+        got = loss(z, v)
+        torch.testing.assert_close(got, want)
+        (g,) = torch.autograd.grad(got, z)
+        assert g.isfinite().all() and g[:, :2].all()
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_precision_is_the_students(self, loss):
+        z, v = rand(4, 3), rand(4, 3, seed=1)
+        for dtype in (torch.float32, torch.bfloat16):
+            assert loss(z.to(dtype), v).dtype == dtype
+            assert loss(z, v.to(dtype)).dtype == torch.float64
+        torch.testing.assert_close(
+            loss(z.float(), v), loss(z, v).float(), rtol=1e-5, atol=0
+        )
+
     def test_one_gaussian_for_two(self):
         """Forward covers both modes, reverse picks one."""
         x = torch.linspace(-14, 14, 1401, dtype=torch.float64)
@@ -499,6 +521,10 @@ class TestPolicyGradient:
         ),
         (
             lambda: distill.forward_kl(rand(2, 3), rand(2, 3), temperature=0),
+            "temperature",
+        ),
+        (
+            lambda: distill.jsd(rand(2, 3), rand(2, 3), temperature=math.nan),
             "temperature",
         ),
         (lambda: distill.jsd(rand(2, 3), rand(2, 3), beta=1), "beta"),

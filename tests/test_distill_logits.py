@@ -87,6 +87,10 @@ def rectified(z, v, y, *, temperature, alpha):
     return L.hinton(z, v.relu(), y, temperature=temperature, alpha=alpha)
 
 
+def rectified_student(z, v, y, *, temperature, alpha):
+    return L.hinton(z.relu(), v, y, temperature=temperature, alpha=alpha)
+
+
 MISTAKES = [
     without_teacher,
     swapped,
@@ -95,6 +99,7 @@ MISTAKES = [
     probabilities_for_logs,
     softened_labels,
     rectified,
+    rectified_student,
 ]
 
 
@@ -276,6 +281,57 @@ class TestHinton:
             close(loss(*shaped), loss(z, v, y))
         close(L.label_smoothing(shaped[0], shaped[2]), L.label_smoothing(z, y))
 
+    @settings(deadline=None, max_examples=20)
+    @given(SEEDS, st.floats(0, 1), st.integers(1, 5))
+    def test_tokens_without_a_label_do_not_count(self, seed, alpha, n):
+        z, v, y = case(seed=seed)
+        y[n:] = -100  # as next_tokens puts it
+        options = dict(temperature=2.0, alpha=alpha)
+        got = L.hinton(z, v, y, **options)
+        close(got, L.hinton(z[:n], v[:n], y[:n], **options))
+        close(L.hinton(z, v, y, alpha=0.0), F.cross_entropy(z, y))
+        smooth = F.cross_entropy(z, y, label_smoothing=0.2)
+        close(L.label_smoothing(z, y, eps=0.2), smooth)
+        for a, b in zip(
+            L.mutual([z, v], y), L.mutual([z[:n], v[:n]], y[:n]), strict=True
+        ):
+            close(a, b)
+        grad = slope(lambda z: L.hinton(z, v, y, **options), z)
+        assert not grad[n:].any()
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+    def test_classes_that_are_ruled_out(self, dtype):
+        z, v, y = case(classes=4)
+        z, v, y = z.to(dtype), v.to(dtype), y % 3
+        want = L.kl(z[:, :3], v[:, :3], 2.0), L.dkd(z[:, :3], v[:, :3], y)
+        z[:, 3] = v[:, 3] = -math.inf
+        got = L.kl(z, v, 2.0), L.dkd(z, v, y)
+        for a, b in zip(got, want, strict=True):
+            close(a, b)
+        grad = slope(lambda z: L.hinton(z, v, y), z)
+        assert grad.isfinite().all() and grad[:, :3].all()
+        # only the teacher rules it out: the student learns to avoid it
+        z[:, 3] = 5.0
+        grad = slope(lambda z: L.hinton(z, v, y), z)
+        assert grad.isfinite().all() and (grad[:, 3] > 0).all()
+
+    def test_half_precision_and_weights_of_another_one(self):
+        z, v, y = case()
+        wide = L.hinton(z, v, y)
+        for dtype, rtol in ((torch.float32, 1e-5), (torch.bfloat16, 0.05)):
+            got = L.hinton(z.to(dtype), v, y)
+            assert got.dtype == dtype
+            close(got.double(), wide, rtol=rtol, atol=0)
+            alpha = torch.full((6,), 0.9, dtype=torch.float64)
+            assert L.hinton(z.to(dtype), v, y, alpha=alpha).dtype == dtype
+
+    def test_the_temperature_may_be_a_tensor(self):
+        z, v, y = case()
+        T = torch.tensor(3.0, dtype=torch.float64)
+        close(
+            L.hinton(z, v, y, temperature=T), L.hinton(z, v, y, temperature=3.0)
+        )
+
     def test_each_sample_can_have_its_own_weight(self):
         z, v, y = case()
         alpha = weighting.entropy_weight(v)
@@ -295,6 +351,8 @@ class TestHinton:
             (lambda z, v, y: L.hinton(z, v, y, alpha=1.1), "alpha .* 1.1"),
             (lambda z, v, y: L.hinton(z, v, y, alpha=z), r"alpha .*\(6, 5\)"),
             (lambda z, v, y: L.kl(z[0], v[0], 1.0), r"v .*\(5,\)"),
+            (lambda z, v, y: L.hinton(z[:0], v[:0], y[:0]), r"z: .*\(0, 5\)"),
+            (lambda z, v, y: L.matching(z[:, :0], v[:, :0]), r"z: .*\(6, 0\)"),
             (lambda z, v, y: L.matching(z, v.T), r"v .*\(5, 6\)"),
             (lambda z, v, y: L.soften(v, math.nan), "temperature"),
             (lambda z, v, y: L.dkd(z, v, None), "y: "),
@@ -340,6 +398,46 @@ class TestRectifiedLogits:
         grad = slope(lambda z: L.kl(z.relu(), v, 2.0), z)
         assert not grad.any()
         assert slope(lambda z: L.kl(z, v, 2.0), z).all()
+
+    def test_the_loop_hands_over_the_logits_as_they_are(self):
+        """No ReLU on the way: a negative logit of the label still learns."""
+        teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        with torch.no_grad():
+            student.bias.fill_(-99.0)
+        x, y = rand(8, 4).float(), torch.arange(8) % 3
+        loss = teaching.taught(teacher, temperature=2.0, alpha=0.5)
+        loss(student, (x, y)).backward()
+        assert student.bias.grad.all()
+        cut = nn.Sequential(student, nn.ReLU())
+        student.zero_grad()
+        loss(cut, (x, y)).backward()
+        assert not student.bias.grad.any()
+
+    def test_a_baseline_with_it_lends_any_teacher_a_gain(self):
+        """Compared with a crippled baseline even a teacher who adds nothing
+        seems to help; compared with an honest one he does not."""
+        y = torch.arange(300) % 6
+        X = 2.0 * rand(6, 8, seed=5)[y].float() + rand(300, 8, seed=6).float()
+        feeds = [train.batches(X, y, epochs=12, seed=s) for s in range(8)]
+        torch.manual_seed(0)
+        students = [
+            nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 6))
+            for _ in range(8)
+        ]
+        cut = [nn.Sequential(*student, nn.ReLU()) for student in students]
+        teacher = nn.Linear(8, 6).requires_grad_(False)  # knows nothing
+        nn.init.zeros_(teacher.weight), nn.init.zeros_(teacher.bias)
+        taught = teaching.taught(teacher, temperature=1.0, alpha=0.1)
+
+        def accuracy(students, *loss):
+            fitted = train.fit_many(students, feeds, *loss, lr=0.02)
+            each = [train.accuracy(model, X, y) for model in fitted]
+            return torch.tensor(each)
+
+        honest, crippled = accuracy(students), accuracy(cut)
+        distilled = accuracy(students, taught)
+        assert (distilled - crippled).mean() > 0.1  # "distillation helps"
+        assert (distilled - honest).abs().mean() < 0.02
 
 
 class TestMatching:

@@ -33,7 +33,6 @@ RUNS = {
     "T=4": (4.0, False, range(10)),
     "shifted": (None, True, range(10)),
     "shifted, T=20": (20.0, True, range(10)),
-    "shifted, T=4": (4.0, True, range(10)),
     "no 3": (20.0, False, [0, 1, 2, 4, 5, 6, 7, 8, 9]),
     "7 and 8": (20.0, False, [7, 8]),
 }

@@ -8,7 +8,6 @@ from .attention import (
     attention_scores,
     cosine,
     heads,
-    layer_map,
     minilm,
     relation_kl,
     tinybert_attention,
@@ -18,7 +17,7 @@ from .datafree import (
     activation_loss,
     balance_loss,
     batchnorm_loss,
-    invert,
+    disagreement_loss,
     moments_loss,
     one_hot_loss,
     total_variation,
@@ -30,7 +29,9 @@ from .features import (
     record,
     regressor,
 )
+from .inversion import invert
 from .language import forward_kl, jsd, on_policy, policy_gradient, reverse_kl
+from .layers import inherit, layer_map
 from .logits import dkd, hinton, kl, label_smoothing, matching, mutual, soften
 from .records import teacher_logits
 from .relations import angles, distances, rkd_angle, rkd_distance
@@ -52,6 +53,7 @@ __all__ = [
     "chain",
     "continuations",
     "cosine",
+    "disagreement_loss",
     "distances",
     "dkd",
     "ensemble",
@@ -61,6 +63,7 @@ __all__ = [
     "heads",
     "hint",
     "hinton",
+    "inherit",
     "invert",
     "jsd",
     "kl",

@@ -172,7 +172,7 @@ def cosine(s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
 
     References
     ----------
-    Sanh et al., DistilBERT, arXiv:1910.01108, section 3.
+    Sanh et al., DistilBERT, arXiv:1910.01108, section 2.
 
     Examples
     --------
@@ -182,32 +182,6 @@ def cosine(s: Tensor, t: Tensor, *, mask: Tensor | None = None) -> Tensor:
     same("t", t, s)
     loss = 1 - F.cosine_similarity(s, t.detach(), dim=-1)
     return (loss if mask is None else loss[_token_mask(mask, s)]).mean()
-
-
-def layer_map(student: int, teacher: int) -> list[int]:
-    """Choose a layer of the teacher for each layer of the student.
-
-    Parameters
-    ----------
-    student, teacher
-        numbers of layers.
-
-    Returns
-    -------
-    Indices from 0, evenly spread; the last goes with the last.
-
-    References
-    ----------
-    Jiao et al., TinyBERT, arXiv:1909.10351, section 4.1 (the uniform map).
-
-    Examples
-    --------
-    >>> layer_map(4, 12)
-    [2, 5, 8, 11]
-    """
-    if not 1 <= student <= teacher:
-        raise ValueError(f"student: {student} layers for {teacher}")
-    return [m * teacher // student - 1 for m in range(1, student + 1)]
 
 
 def relation_kl(
@@ -302,4 +276,4 @@ def _token_mask(mask: Tensor, x: Tensor) -> Tensor:
         )
     if not mask.any():
         raise ValueError("mask: there is no token that counts")
-    return mask
+    return mask.to(x.device)

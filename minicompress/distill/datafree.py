@@ -14,7 +14,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+from .language import jsd
 
 BATCHNORM = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 
@@ -87,7 +88,7 @@ def batchnorm_loss(teacher: nn.Module, x: Tensor) -> Tensor:
     >>> batchnorm_loss(teacher, x)  # means 0 and 0, variances 2 and 0
     tensor(1.4142)
     """
-    with _watched(teacher) as (model, losses):
+    with watched(teacher) as (model, losses):
         model(x)
         return sum(losses)
 
@@ -194,110 +195,48 @@ def balance_loss(v: Tensor) -> Tensor:
     return -torch.special.entr(mean).sum()
 
 
-def invert(
-    teacher: nn.Module,
-    shape: tuple[int, ...],
-    classes: int,
-    *,
-    steps: int = 200,
-    lr: float = 0.1,
-    bn: float = 1.0,
-    tv: float = 0.1,
-    l2: float = 0.01,
-    bounds: tuple[float, float] | None = None,
-    seed: int = 0,
-    progress: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Make inputs of given classes by gradient descent on the inputs.
+def disagreement_loss(z: Tensor, v: Tensor) -> Tensor:
+    """Ask for inputs on which teacher and student differ, 1 - JS(p, q).
 
-    Starts from noise and minimizes CE(y, v) + bn `batchnorm_loss` +
-    tv `total_variation` + l2 mean(x^2).  The penalties are means, so that
-    their weights do not depend on the size of the images; they are not on
-    the scale of the paper's.
+    What the student knows already teaches it nothing.
 
     Parameters
     ----------
-    teacher
-        from inputs to logits (n, classes); runs in evaluation mode, left as
-        it is.
-    shape
-        of the inputs, (n, channels, height, width); with tv=0 any (n, ...).
-    classes
-        how many; each occurs n / classes times, rounded up or down.
-    steps, lr
-        of Adam.
-    bn, tv, l2
-        weights of the penalties.
-    bounds
-        smallest and largest value of an input, kept after every step.
-    seed
-        decides the noise.
-    progress
-        whether to show a bar.
+    z, v
+        logits of student and teacher (n, classes); the gradient goes into
+        both.
 
     Returns
     -------
-    Inputs of the given shape and int64 labels (n,), on the teacher's
-    device and in its dtype.
-
-    Raises
-    ------
-    ValueError
-        If bn is not 0 and the teacher has no BatchNorm with statistics, or
-        its logits have another shape.
+    Scalar, 1 in agreement, 1 - ln 2 if they have no class in common.
 
     References
     ----------
     Yin et al., Dreaming to Distill: Data-free Knowledge Transfer via
-    DeepInversion, arXiv:1912.08795.
+    DeepInversion, arXiv:1912.08795 (Adaptive DeepInversion).
 
     Examples
     --------
-    >>> inputs, labels = invert(nn.Identity(), (4, 2), 2, bn=0, tv=0)
-    >>> inputs.argmax(1), labels
-    (tensor([0, 1, 0, 1]), tensor([0, 1, 0, 1]))
+    >>> z = torch.tensor([[99.0, 0.0]])
+    >>> disagreement_loss(z, z), disagreement_loss(z, -z)
+    (tensor(1.), tensor(0.3069))
     """
-    if len(shape) < 2 or min(*shape, classes, steps) < 1:
-        raise ValueError(f"{shape=}, {classes=} and {steps=} must be positive")
-    if bounds is not None and not bounds[0] < bounds[1]:
-        raise ValueError(f"bounds must be (low, high), got {bounds}")
-    like = next(teacher.parameters(), torch.empty(0))
-    dice = torch.Generator().manual_seed(seed)
-    x = torch.randn(shape, generator=dice).to(like).requires_grad_()
-    y = torch.arange(shape[0], device=x.device) % classes
-    optimizer = torch.optim.Adam([x], lr=lr)
-    watch = _watched(teacher, active=bn != 0)
-    with watch as (model, near), torch.enable_grad():
-        bar = tqdm(range(steps), disable=not progress)
-        for _ in bar:
-            v = model(x)
-            if v.shape != (shape[0], classes):
-                raise ValueError(
-                    f"classes: {classes}, but teacher's logits for {shape} "
-                    f"are {tuple(v.shape)}"
-                )
-            loss = F.cross_entropy(v, y) + l2 * x.square().mean()
-            loss = loss + bn * sum(near)
-            near.clear()
-            if tv:  # only images have it
-                loss = loss + tv * total_variation(x)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            if bounds is not None:
-                with torch.no_grad():
-                    x.clamp_(*bounds)
-            if progress:
-                bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return x.detach(), y
+    # jsd moves its first argument only: the sum is JS twice, its gradient once
+    both = jsd(z, v) + jsd(v, z)
+    return 1 - (both - both.detach() / 2)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Copy a model that is to be run as it is, for its inputs' gradient."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 @contextlib.contextmanager
-def _watched(
+def watched(
     teacher: nn.Module, active: bool = True
 ) -> Iterator[tuple[nn.Module, list[Tensor]]]:
     """Yield a frozen copy, and a list that gets a loss from each layer."""
-    model = copy.deepcopy(teacher).eval().requires_grad_(False)
+    model = frozen(teacher)
     losses: list[Tensor] = []
 
     def hook(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:

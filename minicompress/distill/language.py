@@ -245,7 +245,7 @@ def _log_probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Return log q and log p (tokens, vocab) of the tokens that count."""
     same("v", v, z)
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape != z.shape[:-1]:
@@ -258,9 +258,10 @@ def _log_probabilities(
     if not z.numel():
         raise ValueError("z: there is no token that counts")
     log_q = (z / temperature).log_softmax(-1)
-    log_p = (v.detach() / temperature).log_softmax(-1)
-    # a token that the teacher forbids: 0 times a number is 0, 0 inf is not
-    return log_q, log_p.clamp_min(torch.finfo(log_p.dtype).min)
+    log_p = (v.detach().to(z) / temperature).log_softmax(-1)
+    # a token that a model forbids: 0 times a number is 0, 0 inf is not
+    least = torch.finfo(z.dtype).min
+    return log_q.clamp_min(least), log_p.clamp_min(least)
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ Throughout, z are the student's logits, v the teacher's, y the labels.  A
 softmax at temperature T turns z/T and v/T into the probabilities q_T and
 p_T.  Losses are means over the samples, in nats unless said otherwise, and
 no gradient ever reaches v.  Any leading axes count as samples, so that a
-language model's (N, T, vocab) with labels (N, T) works as well.
+language model's (N, T, vocab) with labels (N, T) works as well.  Where the
+label is -100, as `next_tokens` puts it, `hinton` and `mutual` count nothing.
 """
 
 import math
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .texts import IGNORED
 
 
 def soften(v: Tensor, temperature: float) -> Tensor:
@@ -89,10 +92,8 @@ def hinton(
 
     Parameters
     ----------
-    z
-        student's logits (n, classes).
-    v
-        teacher's logits (n, classes).
+    z, v
+        as for `kl`.
     y
         int64 labels (n,); None for inputs without labels, with alpha=1.
     temperature
@@ -124,6 +125,7 @@ def hinton(
                 f"alpha must have shape {tuple(z.shape[:-1])}, "
                 f"got {tuple(alpha.shape)}"
             )
+        alpha = alpha.to(z)
     elif not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be from 0 to 1, got {alpha}")
     soft = temperature**2 * _divergence(z, v, temperature)
@@ -131,7 +133,7 @@ def hinton(
         if isinstance(alpha, Tensor) or alpha != 1:
             raise ValueError(f"y is None: alpha must be 1, got {alpha}")
         return soft.mean()
-    return ((1 - alpha) * _cross_entropy(z, y) + alpha * soft).mean()
+    return _mean((1 - alpha) * _cross_entropy(z, y) + alpha * soft, y)
 
 
 def matching(z: Tensor, v: Tensor, y: Tensor | None = None) -> Tensor:
@@ -143,10 +145,8 @@ def matching(z: Tensor, v: Tensor, y: Tensor | None = None) -> Tensor:
 
     Parameters
     ----------
-    z
-        student's logits (n, classes).
-    v
-        teacher's logits (n, classes).
+    z, v
+        as for `kl`.
     y
         not used; it is here so that `taught` can hand it over.
 
@@ -188,10 +188,8 @@ def dkd(
 
     Parameters
     ----------
-    z
-        student's logits (n, classes).
-    v
-        teacher's logits (n, classes).
+    z, v
+        as for `kl`.
     y
         int64 labels (n,).
     alpha, beta
@@ -305,8 +303,9 @@ def mutual(logits: Sequence[Tensor], y: Tensor) -> list[Tensor]:
         raise ValueError(f"logits: two students or more, got {len(logits)}")
     losses = []
     for k, z in enumerate(logits):
-        peers = [kl(z, v, 1.0) for j, v in enumerate(logits) if j != k]
-        losses.append(_cross_entropy(z, y).mean() + sum(peers) / len(peers))
+        peers = [_divergence(z, v, 1.0) for j, v in enumerate(logits) if j != k]
+        each = _cross_entropy(z, y) + sum(peers) / len(peers)
+        losses.append(_mean(each, y))
     return losses
 
 
@@ -314,6 +313,9 @@ def _divergence(z: Tensor, v: Tensor, temperature: float) -> Tensor:
     """Compute D_KL(p_T || q_T) of each sample (n,)."""
     log_p = (_teacher(v, z) / _positive(temperature)).log_softmax(-1)
     log_q = (z / temperature).log_softmax(-1)
+    # a class that is ruled out: 0 times a number is 0, 0 inf is not
+    least = torch.finfo(z.dtype).min
+    log_p, log_q = log_p.clamp_min(least), log_q.clamp_min(least)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
@@ -324,8 +326,16 @@ def _cross_entropy(z: Tensor, y: Tensor) -> Tensor:
     return each.view(y.shape)
 
 
+def _mean(each: Tensor, y: Tensor) -> Tensor:
+    """Average over the samples that have a label, as F.cross_entropy does."""
+    counts = y != IGNORED  # not an index: vmap can not batch that
+    return (each * counts).sum() / counts.sum()
+
+
 def _teacher(v: Tensor, z: Tensor) -> Tensor:
     """Cut v off from its gradient and give it the dtype and device of z."""
+    if not z.numel():
+        raise ValueError(f"z: there are no samples in {tuple(z.shape)}")
     if z.ndim < 2 or v.shape != z.shape:
         raise ValueError(
             f"v must have the shape of z, (n, classes), got {tuple(v.shape)} "

@@ -29,12 +29,8 @@ def annealed(
 
     Parameters
     ----------
-    z
-        student's logits (n, classes).
-    v
-        teacher's logits (n, classes).
-    y
-        not used; it is here so that `taught` can hand it over.
+    z, v, y
+        as for `matching`.
     t
         1 to tau_max; give each value its share of the epochs.
     tau_max

@@ -2,6 +2,7 @@
 
 from .loop import constant, cosine, fit, threads
 from .many import fit_many
+from .memory import recompute, saved_bytes
 from .quality import (
     accuracy,
     bits_per_char,
@@ -22,5 +23,7 @@ __all__ = [
     "fit",
     "fit_many",
     "passages",
+    "recompute",
+    "saved_bytes",
     "threads",
 ]
