@@ -2,10 +2,10 @@
 
 The teacher is the CNN of the zoo.  Every student gets the same number of
 steps on the same images, 1,000 or 8,000, and begins at the same weights.
-The learning rate is chosen for the labels alone, the weight of each loss on
-features for 1,000 images, both by validation accuracy with seeds of their
-own.  A teacher that has seen the same 1,000 images as its student, and none
-besides, tells how much of a gain is knowledge of other images.
+The learning rate is chosen for the labels alone, for each loss on features
+a rate and a weight with 1,000 images, all by validation accuracy with seeds
+of their own.  A teacher that has seen the same 1,000 images as its student,
+and none besides, tells how much of a gain is knowledge of other images.
 """
 
 from functools import partial
@@ -183,22 +183,26 @@ def main():
         n: max(RATES, key=lambda lr, n=n: validated("hard", n, hard, lr))
         for n in IMAGES
     }
-    weights = {}
+    pairs = {}
     for name, loss in tqdm(FEATURES.items(), desc="weights"):
         scores = {
-            w: validated(
-                f"{name} {w:g}", 1000, partial(loss, weight=w), rates[1000]
+            (w, lr): validated(
+                f"{name} {w:g}", 1000, partial(loss, weight=w), lr
             )
             for w in WEIGHTS[name]
+            for lr in RATES
         }
-        weights[name] = max(scores, key=scores.get)
+        pairs[name] = max(scores, key=scores.get)
+    weights = {name: w for name, (w, _) in pairs.items()}
+    inside = {name: lr for name, (_, lr) in pairs.items()}
     found = {}
     for n in IMAGES:
         for name, loss in tqdm(losses(weights).items(), desc=f"{n} images"):
+            rate = inside.get(name, rates[n]) if n == 1000 else rates[n]
             for seed in range(SEEDS):
                 value = store.get(
-                    f"{n}/{name}/{seed}",
-                    partial(run, *args, n, loss, seed, rates[n]),
+                    f"{n}/{name}/{rate}/{seed}",
+                    partial(run, *args, n, loss, seed, rate),
                 )
                 found.setdefault(f"{n}/{name}", []).append(value)
     for seed in tqdm(range(SEEDS), desc="own teachers"):
@@ -214,6 +218,12 @@ def main():
             "parameters": sum(p.numel() for p in student(0).parameters()),
             "rates": rates,
             "weights": weights,
+            "rates of features": inside,
+            "validation": {
+                name: value
+                for name, value in store.values.items()
+                if name.startswith("val/")
+            },
             "runs": found,
         },
     )
