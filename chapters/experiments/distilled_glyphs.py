@@ -13,6 +13,7 @@ from functools import partial
 import _stamp
 import torch
 import torch.nn.functional as F
+from _lessons import flattened
 from _pruning import Store
 from torch import nn
 from tqdm import tqdm
@@ -118,6 +119,7 @@ def losses(weights):
         "hard": hard,
         "smoothed": smoothed,
         **soft,
+        "T=4, flattened": on_logits(flattened),
         "DKD": on_logits(dkd),
         **inside,
         "T=4 + attention": both,

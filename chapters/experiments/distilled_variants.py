@@ -24,6 +24,7 @@ from _digits import (
     students,
     teacher,
 )
+from _lessons import flattened
 from _pruning import Store
 from torch import nn
 from tqdm import tqdm
@@ -172,6 +173,7 @@ def main():
         jobs = {
             "hard": partial(fit, parts, hard),
             "T=4": partial(fit, parts, soft(4.0)),
+            "flattened": partial(fit, parts, distill.cached(flattened)),
             "DKD": partial(fit, parts, dkd),
             "trust by entropy": partial(fit, parts, trusting),
             "weights learned": lambda parts=parts: [
