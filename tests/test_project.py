@@ -332,8 +332,51 @@ class TestExperiments:
         assert stamp.bare("x = 1\n") != stamp.bare("x = 2\n")
         assert stamp.bare('x = "# a"\n') != stamp.bare('x = "# b"\n')
 
-    def test_dependencies_are_transitive(self, stamp):
-        paths = stamp.dependencies(LIBRARY / "storage/__init__.py")
-        names = {p.relative_to(LIBRARY).as_posix() for p in paths}
-        assert {"storage/__init__.py", "codes/__init__.py", "bits.py"} <= names
+    def uses(self, stamp, tmp_path, code):
+        script = tmp_path / "script.py"
+        script.write_text(code)
+        used = {p for p in stamp.dependencies(script) if p != script.resolve()}
+        return {p.relative_to(LIBRARY).as_posix() for p in used}
+
+    def test_dependencies_are_transitive(self, stamp, tmp_path):
+        code = "from minicompress import storage\nstorage.load('x')\n"
+        names = self.uses(stamp, tmp_path, code)
+        assert {"storage/reading.py", "codes/tree.py", "bits.py"} <= names
         assert "plot.py" not in names
+
+    @pytest.mark.parametrize(
+        ("code", "used", "not_used"),
+        [
+            (
+                "from minicompress import train\ntrain.fit()\n",
+                {"train/loop.py", "train/checkpoints.py", "train/quality.py"},
+                {"train/memory.py", "train/many.py", "train/__init__.py"},
+            ),
+            (
+                "from minicompress.train import recompute as again\n",
+                {"train/memory.py"},
+                {"train/loop.py"},
+            ),
+            (
+                "import minicompress.prune.scores\n",
+                {"prune/scores.py"},
+                {"prune/learned.py"},
+            ),
+            (
+                "from minicompress import train\ngetattr(train, 'fit')()\n",
+                {"train/memory.py", "train/loop.py", "train/__init__.py"},
+                {"plot.py"},
+            ),
+            (
+                "from minicompress import zoo as z\nz.load('digits-mlp')\n",
+                {"zoo/__init__.py", "storage/reading.py"},
+                {"plot.py", "prune/scores.py"},
+            ),
+        ],
+    )
+    def test_only_what_is_used_counts(
+        self, stamp, tmp_path, code, used, not_used
+    ):
+        names = self.uses(stamp, tmp_path, code)
+        assert used <= names
+        assert not names & not_used

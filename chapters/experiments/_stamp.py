@@ -37,20 +37,17 @@ def bare(source):
 
 
 def dependencies(script):
-    """Return the script and the library's modules it uses, sorted."""
+    """Return the script and the modules it uses, sorted.
+
+    Of a package only those count that define a name which is used: a
+    function that is added to the library changes no earlier result.
+    """
     found, todo = set(), [Path(script).resolve()]
     while todo:
         path = todo.pop()
-        if path in found:
-            continue
-        found.add(path)
-        for name in _imports(path):
-            if name.split(".")[0] == LIBRARY:
-                todo += _files(name)
-            elif name.startswith("_") and name != "_stamp":
-                todo += [
-                    s for s in [path.with_name(name + ".py")] if s.exists()
-                ]
+        if path not in found:
+            found.add(path)
+            todo += _uses(path)
     return sorted(found)
 
 
@@ -95,24 +92,85 @@ def _is_text(node):
     )
 
 
-def _imports(path):
-    """Yield the dotted names that a file may import."""
-    package = path.relative_to(ROOT).with_suffix("").parts
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf8"))):
+def _uses(path):
+    """Return the files that define what a file imports."""
+    tree = ast.parse(path.read_text(encoding="utf8"))
+    packages, files = {}, set()
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            for alias in node.names:
+                files |= _whole(_locate(alias.name))
         elif isinstance(node, ast.ImportFrom):
-            base = [node.module] if node.module else []
-            if node.level:
-                base = [*package[: -node.level], *base]
-            yield ".".join(base)
-            yield from (".".join([*base, a.name]) for a in node.names)
+            base = _locate(node.module or "", path, node.level)
+            for alias in node.names:
+                inner = _inside(base, alias.name)
+                if inner and inner.name == "__init__.py":
+                    packages[alias.asname or alias.name] = inner
+                else:
+                    files |= {inner} if inner else _home(base, alias.name)
+    names = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    dotted = {
+        id(node.value): node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute)
+    }
+    for name in names:
+        if name.id in packages:
+            package, attribute = packages[name.id], dotted.get(id(name))
+            # handed on as a whole, getattr(package, name): all of it counts
+            files |= _home(package, attribute) if attribute else _whole(package)
+    return files
 
 
-def _files(name):
-    """Return the files of a module and of the packages around it."""
-    parts, files = name.split("."), []
-    for n in range(1, len(parts) + 1):
-        path = ROOT.joinpath(*parts[:n])
-        files += [path / "__init__.py", path.with_suffix(".py")]
-    return [path for path in files if path.exists()]
+def _locate(dotted, path=None, level=0):
+    """Return the file of a module, ours or beside the script, or None."""
+    parts = dotted.split(".") if dotted else []
+    if level:
+        start = path.parents[level - 1]
+    elif dotted.startswith("_") and dotted != "_stamp":
+        start = Path(__file__).parent
+    elif parts and parts[0] == LIBRARY:
+        start = ROOT
+    else:
+        return None
+    return _file(start.joinpath(*parts))
+
+
+def _file(stem):
+    for path in (stem / "__init__.py", stem.with_suffix(".py")):
+        if path.exists():
+            return path
+    return None
+
+
+def _inside(package, name):
+    """Return the file of a submodule, or None."""
+    if package is None or package.name != "__init__.py":
+        return None
+    return _file(package.parent / name)
+
+
+def _home(module, name):
+    """Return the files that define a name of a module: none, or one."""
+    if module is None:
+        return set()
+    if module.name != "__init__.py":
+        return {module}
+    tree = ast.parse(module.read_text(encoding="utf8"))
+    for node in tree.body:
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for alias in node.names:
+                if name == (alias.asname or alias.name):
+                    base = _locate(node.module or "", module, node.level)
+                    inner = _inside(base, alias.name)
+                    return {inner} if inner else _home(base, alias.name)
+    inner = _inside(module, name)
+    return {inner or module}
+
+
+def _whole(module):
+    """Return the files of a module, or of everything in a package."""
+    if module is None:
+        return set()
+    package = module.name == "__init__.py"
+    return set(module.parent.rglob("*.py")) if package else {module}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from minicompress import data, distill, models, train, zoo
 
-SEEDS, STEPS, SIZE = 5, 800, 64
+SEEDS, STEPS, SIZE, LONGER = 5, 800, 64, 4
 IMAGES = (1000, 8000)
 CHANNELS = (4, 8, 16, 32)
 RATES = (1e-2, 3e-2)
@@ -132,22 +132,22 @@ def chosen(y, n, seed):
     return data.few(y, n // 36, seed=seed)[0]
 
 
-def fit(start, parts, loss, seed, lr):
-    epochs = -(-STEPS * SIZE // len(parts[0])) + 1
+def fit(start, parts, loss, seed, lr, steps=STEPS):
+    epochs = -(-steps * SIZE // len(parts[0])) + 1
     feed = train.batches(*parts, size=SIZE, epochs=epochs, seed=seed)
     if getattr(loss, "func", None) is hint:
         torch.manual_seed(seed)
         r = distill.regressor(CHANNELS[GUIDED], parts[3].shape[1], dims=2)
         start = nn.ModuleList([start, r])
-    net = train.fit(start, feed, loss, lr=lr, steps=STEPS, seed=seed)
+    net = train.fit(start, feed, loss, lr=lr, steps=steps, seed=seed)
     return net[0] if isinstance(net, nn.ModuleList) else net
 
 
-def run(task, taught, n, loss, seed, lr, split="test"):
+def run(task, taught, n, loss, seed, lr, split="test", steps=STEPS):
     X, y = task.train
     at = chosen(y, n, seed)
     parts = [t[at] for t in (X, y, *taught)]
-    net = fit(student(seed), parts, loss, seed, lr)
+    net = fit(student(seed), parts, loss, seed, lr, steps)
     return round(100 * train.accuracy(net, *getattr(task, split)), 2)
 
 
@@ -210,6 +210,15 @@ def main():
                     partial(run, *args, n, loss, seed, rate),
                 )
                 found.setdefault(f"{n}/{name}", []).append(value)
+    longer = {"steps": LONGER * STEPS}
+    for name in ("hard", "T=4"):
+        loss = losses(weights)[name]
+        for seed in tqdm(range(SEEDS), desc=f"{name}, longer"):
+            value = store.get(
+                f"longer/{name}/{seed}",
+                partial(run, *args, 1000, loss, seed, rates[1000], **longer),
+            )
+            found.setdefault(f"1000/{name}, longer", []).append(value)
     for seed in tqdm(range(SEEDS), desc="own teachers"):
         large, small = store.get(
             f"own/{seed}", partial(own_teacher, task, 1000, seed, rates[1000])
