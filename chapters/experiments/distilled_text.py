@@ -188,6 +188,7 @@ def main():
                 p.numel() for p in student(teacher.config, 0).parameters()
             ),
             "rates": tried,
+            "characters": {"text": len(ids), "written": texts.numel()},
             "steps": {"all": STEPS, "equal time": longer, "then": MORE},
             "runs": found,
         },
