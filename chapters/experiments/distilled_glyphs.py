@@ -210,15 +210,20 @@ def main():
                     partial(run, *args, n, loss, seed, rate),
                 )
                 found.setdefault(f"{n}/{name}", []).append(value)
-    longer = {"steps": LONGER * STEPS}
-    for name in ("hard", "T=4"):
-        loss = losses(weights)[name]
-        for seed in tqdm(range(SEEDS), desc=f"{name}, longer"):
-            value = store.get(
-                f"longer/{name}/{seed}",
-                partial(run, *args, 1000, loss, seed, rates[1000], **longer),
-            )
-            found.setdefault(f"1000/{name}, longer", []).append(value)
+    # is the gain one of speed?  More steps, and a larger rate, for both
+    others = {
+        "longer": (rates[1000], {"steps": LONGER * STEPS}),
+        "faster": (2 * rates[1000], {}),
+    }
+    for kind, (rate, more) in others.items():
+        for name in ("hard", "T=4"):
+            loss = losses(weights)[name]
+            for seed in tqdm(range(SEEDS), desc=f"{name}, {kind}"):
+                value = store.get(
+                    f"{kind}/{name}/{seed}",
+                    partial(run, *args, 1000, loss, seed, rate, **more),
+                )
+                found.setdefault(f"1000/{name}, {kind}", []).append(value)
     for seed in tqdm(range(SEEDS), desc="own teachers"):
         large, small = store.get(
             f"own/{seed}", partial(own_teacher, task, 1000, seed, rates[1000])
