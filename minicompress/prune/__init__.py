@@ -4,6 +4,8 @@ A score is larger where a weight is more important; a mask is True where it
 is kept; a repair moves the weights that are left and returns a code.
 """
 
+from .channels import mask_channels, remove_channels
+from .dependencies import Group, Slice, groups
 from .initial import grasp, snip, synflow, synflow_masks
 from .learned import (
     HardConcrete,
@@ -51,8 +53,10 @@ from .scores import (
 )
 
 __all__ = [
+    "Group",
     "HardConcrete",
     "Moments",
+    "Slice",
     "channel_entropy",
     "cubic",
     "curvature",
@@ -63,6 +67,7 @@ __all__ = [
     "gradients",
     "gradual",
     "grasp",
+    "groups",
     "hard_concrete",
     "inverse_fisher",
     "iterative",
@@ -74,6 +79,7 @@ __all__ = [
     "lottery",
     "magnitude",
     "magnitudes",
+    "mask_channels",
     "masked",
     "movement",
     "n_m",
@@ -82,6 +88,7 @@ __all__ = [
     "obs",
     "one_shot",
     "random",
+    "remove_channels",
     "rigl",
     "snip",
     "snr",
