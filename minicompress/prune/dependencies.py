@@ -56,12 +56,12 @@ class Group:
     size
         number of units: channels, hidden units, or heads.
     slices
-        the parts of tensors that belong to them.
+        the parts of tensors that belong to them, each a `Slice`.
     """
 
     name: str
     size: int
-    slices: tuple[Slice, ...]
+    slices: tuple
 
     def __repr__(self) -> str:
         parts = len(self.slices)
