@@ -56,6 +56,12 @@ def teacher(path):
     return net.eval()
 
 
+def lessons(path):
+    """Return the teacher, the training digits, labels, and its logits."""
+    master, (X, y) = teacher(path), data.digits().train
+    return master, X, y, distill.teacher_logits(master, X)
+
+
 def students(hidden=HIDDEN, first=0):
     made = []
     for seed in range(SEEDS):

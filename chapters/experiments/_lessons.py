@@ -1,6 +1,24 @@
-"""A teacher whose dark knowledge was taken away."""
+"""Losses that several experiments on distillation share.
 
-from minicompress import distill
+`hard` and `smoothed` take a batch (inputs, labels, ...) and leave the rest of
+it alone; the other two are losses on logits, for `distill.cached`.
+"""
+
+import torch.nn.functional as F
+
+from minicompress import distill, train
+
+
+def hard(model, batch):
+    return train.cross_entropy(model, batch[:2])
+
+
+def smoothed(model, batch):
+    return distill.label_smoothing(model(batch[0]), batch[1])
+
+
+def dkd(z, v, y):
+    return F.cross_entropy(z, y) + distill.dkd(z, v, y)
 
 
 def flattened(z, v, y, T=4.0):

@@ -11,11 +11,12 @@ from functools import partial
 
 import _stamp
 import torch
-from _digits import SEEDS, chosen, fit, score, soft, teacher
+from _digits import SEEDS, chosen, fit, lessons, score, soft
+from _lessons import hard, smoothed
 from _pruning import Store
 from tqdm import tqdm
 
-from minicompress import data, distill, train
+from minicompress import distill, train
 
 LABELS = (20, 50, 100, 200, 500, 1000)
 TEMPERATURES = (1.0, 2.0, 4.0, 8.0)
@@ -29,32 +30,26 @@ def wrong(labels, share, seed):
     return torch.where(hit, (labels + other) % 10, labels)
 
 
-def smoothed(model, batch):
-    return distill.label_smoothing(model(batch[0]), batch[1])
-
-
 def main():
-    store, task = Store(__file__), data.digits()
-    X, y = task.train
-    master = teacher(store.path.with_suffix(".pt"))
-    V = distill.teacher_logits(master, X)
+    store = Store(__file__)
+    master, X, y, V = lessons(store.path.with_suffix(".pt"))
     jobs = {}
     for n in LABELS:
         picks = chosen(y, n)
-        hard = [(X[i], y[i]) for i in picks]
+        parts = [(X[i], y[i]) for i in picks]
         pairs = [(X[i], y[i], V[i]) for i in picks]
-        noisy = [(x, wrong(t, 0.4, s)) for s, (x, t) in enumerate(hard)]
+        noisy = [(x, wrong(t, 0.4, s)) for s, (x, t) in enumerate(parts)]
         noisy_pairs = [
             (x, t, V[i]) for (x, t), i in zip(noisy, picks, strict=True)
         ]
-        jobs[f"{n}/hard"] = partial(fit, hard, train.cross_entropy)
-        jobs[f"{n}/smoothed"] = partial(fit, hard, smoothed)
+        jobs[f"{n}/hard"] = partial(fit, parts, hard)
+        jobs[f"{n}/smoothed"] = partial(fit, parts, smoothed)
         jobs[f"{n}/matching"] = partial(
             fit, pairs, distill.cached(distill.matching)
         )
         for T in TEMPERATURES:
             jobs[f"{n}/T={T:g}"] = partial(fit, pairs, soft(T))
-        jobs[f"{n}/noisy, hard"] = partial(fit, noisy, train.cross_entropy)
+        jobs[f"{n}/noisy, hard"] = partial(fit, noisy, hard)
         jobs[f"{n}/noisy, T=4"] = partial(fit, noisy_pairs, soft(4.0))
     everything = [(X, V)] * SEEDS
     jobs["0/unlabeled, T=4"] = partial(fit, everything, soft(4.0, alpha=1.0))

@@ -13,9 +13,8 @@ from functools import partial
 import _stamp
 import torch
 import torch.nn.functional as F
-from _lessons import flattened
+from _lessons import dkd, flattened, hard, smoothed
 from _pruning import Store
-from torch import nn
 from tqdm import tqdm
 
 from minicompress import data, distill, models, train, zoo
@@ -32,11 +31,16 @@ WEIGHTS = {
 TEMPERATURES = (1.0, 4.0, 8.0)
 STAGES = [f"norms.{i}" for i in range(4)]
 GUIDED = 2  # the stage whose features are hints
+WIDTHS = CHANNELS[GUIDED], 64  # there, of the student and of the teacher
 
 
 def student(seed):
     torch.manual_seed(seed)
-    return models.CNN(channels=CHANNELS, classes=36)
+    net = models.CNN(channels=CHANNELS, classes=36)
+    torch.manual_seed(seed)
+    # a part that its forward does not call: only hints train it
+    net.regressor = distill.regressor(*WIDTHS, dims=2)
+    return net
 
 
 def seen_by(model, x):
@@ -58,19 +62,17 @@ def lessons(teacher, X):
     return [torch.cat(column) for column in zip(*rows, strict=True)]
 
 
-def hint(both, batch, *, weight):
-    net, regressor = both
+def hint(net, batch, *, weight):
     x, y, _, guide, _, *_ = batch
     z, features, _ = seen_by(net, x)
-    near = distill.hint(features[GUIDED], guide, regressor)
+    near = distill.hint(features[GUIDED], guide, net.regressor)
     return F.cross_entropy(z, y) + weight * near / guide[0].numel()
 
 
-def attention(net, batch, *, weight, temperature=None):
+def attention(net, batch, *, weight, alpha=0.0):
     x, y, v, _, _, *maps = batch
     z, features, _ = seen_by(net, x)
-    alpha = 0.0 if temperature is None else 0.9
-    loss = distill.hinton(z, v, y, alpha=alpha, temperature=temperature or 1.0)
+    loss = distill.hinton(z, v, y, temperature=4.0, alpha=alpha)
     for A, map in zip(features, maps, strict=True):
         own = distill.attention_map(A)
         loss = loss + weight * (own - map).norm(dim=1).mean() / 2
@@ -84,21 +86,9 @@ def relations(net, batch, *, weight):
     return F.cross_entropy(z, y) + weight * near
 
 
-def dkd(z, v, y):
-    return F.cross_entropy(z, y) + distill.dkd(z, v, y)
-
-
 def on_logits(loss, **options):
     taught = distill.cached(loss, **options)
     return lambda net, batch: taught(net, batch[:3])
-
-
-def hard(net, batch):
-    return train.cross_entropy(net, batch[:2])
-
-
-def smoothed(net, batch):
-    return distill.label_smoothing(net(batch[0]), batch[1])
 
 
 MANY = ("hard", "T=1", "T=4", "hint", "attention", "relations")
@@ -114,7 +104,7 @@ def losses(weights):
         name: partial(loss, weight=weights[name])
         for name, loss in FEATURES.items()
     }
-    both = partial(attention, weight=weights["attention"], temperature=4.0)
+    both = partial(attention, weight=weights["attention"], alpha=0.9)
     return {
         "hard": hard,
         "smoothed": smoothed,
@@ -135,12 +125,7 @@ def chosen(y, n, seed):
 def fit(start, parts, loss, seed, lr, steps=STEPS):
     epochs = -(-steps * SIZE // len(parts[0])) + 1
     feed = train.batches(*parts, size=SIZE, epochs=epochs, seed=seed)
-    if getattr(loss, "func", None) is hint:
-        torch.manual_seed(seed)
-        r = distill.regressor(CHANNELS[GUIDED], parts[3].shape[1], dims=2)
-        start = nn.ModuleList([start, r])
-    net = train.fit(start, feed, loss, lr=lr, steps=steps, seed=seed)
-    return net[0] if isinstance(net, nn.ModuleList) else net
+    return train.fit(start, feed, loss, lr=lr, steps=steps, seed=seed)
 
 
 def run(task, taught, n, loss, seed, lr, split="test", steps=STEPS):
@@ -234,7 +219,11 @@ def main():
         __file__,
         {
             "teacher": 100 * zoo.quality(teacher, task),
-            "parameters": sum(p.numel() for p in student(0).parameters()),
+            "parameters": sum(
+                p.numel()
+                for name, p in student(0).named_parameters()
+                if not name.startswith("regressor")
+            ),
             "rates": rates,
             "weights": weights,
             "rates of features": inside,

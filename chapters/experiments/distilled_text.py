@@ -25,21 +25,17 @@ MORE, MORE_LR, PROMPT = 150, 1e-3, 32
 JUDGED = 64  # continuations that the teacher judges, 96 characters each
 
 
-def hinton(temperature):
-    return {"loss": distill.hinton, "temperature": temperature}
-
-
-def divergence(z, v, y, *, kind):
-    """A tenth of the labels, nine tenths of a divergence at T = 1."""
+def reverse(z, v, y):
+    """As at T = 1 below, but with the other divergence."""
     hard = distill.hinton(z, v, y, alpha=0.0)
-    return 0.1 * hard + 0.9 * kind(z, v)
+    return 0.1 * hard + 0.9 * distill.reverse_kl(z, v)
 
 
 RUNS = {
     "alone": None,
-    "T=1": hinton(1.0),
-    "T=2": hinton(2.0),
-    "reverse": {"loss": divergence, "kind": distill.reverse_kl},
+    "T=1": partial(distill.hinton, temperature=1.0, alpha=0.9),
+    "T=2": partial(distill.hinton, temperature=2.0, alpha=0.9),
+    "reverse": reverse,
 }
 
 
@@ -48,11 +44,10 @@ def student(config, seed):
     return models.LM(**{**config, **SMALL})
 
 
-def taught(teacher, options):
-    if options is None:
+def taught(teacher, loss):
+    if loss is None:
         return train.cross_entropy
-    options = {"alpha": 0.9, **options} if "kind" not in options else options
-    return distill.taught(teacher, **options)
+    return distill.taught(teacher, loss)
 
 
 def evaluate(net, teacher, task):

@@ -8,7 +8,7 @@ labels a teacher with no more labels than its student, patience with a
 teacher patience without.
 """
 
-from functools import partial
+from functools import cache, partial
 
 import _stamp
 import torch
@@ -18,18 +18,18 @@ from _digits import (
     STEPS,
     chosen,
     fit,
+    lessons,
     score,
     shaken,
     soft,
     students,
-    teacher,
 )
-from _lessons import flattened
+from _lessons import dkd, flattened, hard
 from _pruning import Store
 from torch import nn
 from tqdm import tqdm
 
-from minicompress import data, distill, models, train
+from minicompress import distill, models, train
 
 LABELS = (50, 1000)
 TINY = 4  # hidden units of a student far below its teacher
@@ -42,15 +42,6 @@ def outputs(nets, parts):
         (x, y, distill.teacher_logits(net, x))
         for net, (x, y, *_) in zip(nets, parts, strict=True)
     ]
-
-
-def hard(model, batch):
-    return train.cross_entropy(model, batch[:2])
-
-
-@distill.cached
-def dkd(z, v, y):
-    return F.cross_entropy(z, y) + distill.dkd(z, v, y)
 
 
 @distill.cached
@@ -109,7 +100,7 @@ def annealed(parts, tau=10):
 
 
 def generations(parts, n=3):
-    """Train generation after generation; the last, and all of them."""
+    """Train generation after generation; return all of them."""
     nets = [fit(parts, hard, students(first=1000))]
     for g in range(1, n):
         lessons = outputs(nets[-1], parts)
@@ -163,18 +154,17 @@ def patient(parts, T, master=None):
 
 
 def main():
-    store, task = Store(__file__), data.digits()
-    X, y = task.train
-    master = teacher(store.path.with_suffix(".pt"))
-    V = distill.teacher_logits(master, X)
+    store = Store(__file__)
+    master, X, y, V = lessons(store.path.with_suffix(".pt"))
     found = {}
     for n in LABELS:
         parts = [(X[i], y[i], V[i]) for i in chosen(y, n)]
+        ages = cache(partial(generations, parts))  # trained once, used twice
         jobs = {
             "hard": partial(fit, parts, hard),
             "T=4": partial(fit, parts, soft(4.0)),
             "flattened": partial(fit, parts, distill.cached(flattened)),
-            "DKD": partial(fit, parts, dkd),
+            "DKD": partial(fit, parts, distill.cached(dkd)),
             "trust by entropy": partial(fit, parts, trusting),
             "weights learned": lambda parts=parts: [
                 model.net
@@ -182,10 +172,8 @@ def main():
             ],
             "annealed": partial(annealed, parts),
             "mutual": partial(mutual, parts),
-            "born again": lambda parts=parts: generations(parts)[-1],
-            "generations joined": lambda parts=parts: joined(
-                generations(parts)
-            ),
+            "born again": lambda ages=ages: ages()[-1],
+            "generations joined": lambda ages=ages: joined(ages()),
             "strangers joined": lambda parts=parts: joined(strangers(parts)),
             "assistant": partial(assisted, parts, 16),
             "tiny, hard": partial(fit, parts, hard, students(TINY)),
