@@ -4,8 +4,20 @@ A score is larger where a weight is more important; a mask is True where it
 is kept; a repair moves the weights that are left and returns a code.
 """
 
+from .channel_choice import keep_units, shrink, within
+from .channel_scores import (
+    filter_distances,
+    filter_norms,
+    gates,
+    geometric_median,
+    norm_scales,
+    normalized,
+    unit_activations,
+    unit_sums,
+)
 from .channels import mask_channels, remove_channels
 from .dependencies import Group, Slice, groups
+from .healing import fold_means, refit, renormalize
 from .initial import grasp, snip, synflow, synflow_masks
 from .learned import (
     HardConcrete,
@@ -26,6 +38,12 @@ from .masks import (
     rigl,
     sparsity,
     threshold,
+)
+from .reconstruction import (
+    contributions,
+    lasso,
+    reconstruction_scores,
+    thinet,
 )
 from .repair import least_squares, obc, sparsegpt, surgeon
 from .saliency import Moments, curvature, gradients, movement
@@ -51,6 +69,7 @@ from .scores import (
     wanda,
     wanda_score,
 )
+from .shrinkage import group_lasso, slimming, soft_shrink
 
 __all__ = [
     "Group",
@@ -58,15 +77,22 @@ __all__ = [
     "Moments",
     "Slice",
     "channel_entropy",
+    "contributions",
     "cubic",
     "curvature",
     "expected_l0",
+    "filter_distances",
+    "filter_norms",
     "fisher",
+    "fold_means",
+    "gates",
     "geometric",
+    "geometric_median",
     "gradient",
     "gradients",
     "gradual",
     "grasp",
+    "group_lasso",
     "groups",
     "hard_concrete",
     "inverse_fisher",
@@ -75,6 +101,8 @@ __all__ = [
     "keep_each",
     "keep_global",
     "keep_rows",
+    "keep_units",
+    "lasso",
     "least_squares",
     "lottery",
     "magnitude",
@@ -83,15 +111,23 @@ __all__ = [
     "masked",
     "movement",
     "n_m",
+    "norm_scales",
+    "normalized",
     "obc",
     "obd",
     "obs",
     "one_shot",
     "random",
+    "reconstruction_scores",
+    "refit",
     "remove_channels",
+    "renormalize",
     "rigl",
+    "shrink",
+    "slimming",
     "snip",
     "snr",
+    "soft_shrink",
     "sparsegpt",
     "sparsity",
     "splice",
@@ -101,7 +137,11 @@ __all__ = [
     "synflow",
     "synflow_masks",
     "taylor",
+    "thinet",
     "threshold",
+    "unit_activations",
+    "unit_sums",
     "wanda",
     "wanda_score",
+    "within",
 ]
