@@ -212,8 +212,9 @@ def gates(
 
     whatever lies between.  For a channel this is the sum of activation
     times gradient over all positions, for a head its output times the
-    gradient of it.  (The same sum over the rows that *make* a channel is
-    zero if a normalization follows: it undoes any scale.)
+    gradient of it.  (The same sum over the rows that *make* a channel is no
+    substitute: a batch norm behind them undoes any scale, so that in
+    training it is zero.)
 
     Parameters
     ----------
@@ -337,16 +338,24 @@ def unit_activations(
     return {name: torch.cat(rows) for name, rows in seen.items()}
 
 
-def normalized(scores: Mapping[str, Tensor]) -> Scores:
-    """Divide the scores of each group by their length.
+def normalized(
+    scores: Mapping[str, Tensor],
+    *,
+    by: Callable[[Tensor], Tensor] = torch.mean,
+) -> Scores:
+    """Bring the scores of all groups to one scale, so that they compare.
 
     Sums over more weights, or nearer to the loss, are larger for no good
-    reason; a comparison of all groups needs them on one scale.
+    reason.
 
     Parameters
     ----------
     scores
-        {name of the group: (size,)}.
+        {name of the group: (size,)}, none negative.
+    by
+        what each group is divided by.  The papers take the length,
+        `torch.linalg.vector_norm`: of n equal channels each then scores
+        1 / sqrt(n), and wide layers lose more than their share.
 
     Returns
     -------
@@ -358,11 +367,11 @@ def normalized(scores: Mapping[str, Tensor]) -> Scores:
 
     Examples
     --------
-    >>> normalized({"a": torch.tensor([3.0, 4.0])})
-    {'a': tensor([0.6000, 0.8000])}
+    >>> normalized({"a": torch.tensor([3.0, 1.0])})
+    {'a': tensor([1.5000, 0.5000])}
     """
     tiny = torch.finfo(torch.float32).tiny
-    return {n: s / s.norm().clamp(min=tiny) for n, s in scores.items()}
+    return {n: s / by(s).clamp(min=tiny) for n, s in scores.items()}
 
 
 def columns(layer: nn.Module, x: Tensor) -> Tensor:
