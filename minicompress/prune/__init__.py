@@ -70,6 +70,7 @@ from .scores import (
     wanda_score,
 )
 from .shrinkage import group_lasso, slimming, soft_shrink
+from .slicing import principal, rotated, sliced, without_scales
 
 __all__ = [
     "Group",
@@ -117,13 +118,16 @@ __all__ = [
     "obd",
     "obs",
     "one_shot",
+    "principal",
     "random",
     "reconstruction_scores",
     "refit",
     "remove_channels",
     "renormalize",
     "rigl",
+    "rotated",
     "shrink",
+    "sliced",
     "slimming",
     "snip",
     "snr",
@@ -144,4 +148,5 @@ __all__ = [
     "wanda",
     "wanda_score",
     "within",
+    "without_scales",
 ]
