@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,24 @@ class TestReference:
                 text = page.read_text(encoding="utf8")
                 directive = f".. automodule:: minicompress.{page.stem}\n"
                 assert directive in text
+
+    @pytest.mark.parametrize("name", MODULES)
+    def test_page_documents_every_public_name_once(self, name):
+        text = (ROOT / f"book/api/{name}.md").read_text(encoding="utf8")
+        found = Counter(documented(text))
+        public = public_names(importlib.import_module(f"minicompress.{name}"))
+        assert {n: found[n] for n in public if found[n] != 1} == {}
+        assert max(found.values()) == 1
+
+
+def documented(page):
+    """Yield the names that the directives of a page document."""
+    directive = r"^\.\. auto(\w+):: ([\w.]+)\n((?: +:.*\n)*)"
+    for kind, name, options in re.findall(directive, page, re.M):
+        if kind != "module":
+            yield name
+        elif ":members:" in options:
+            yield from public_names(importlib.import_module(name))
 
 
 SCRIPTS = [
