@@ -361,17 +361,21 @@ class TestErrors:
         assert prune.groups(model, self.x) == []
         self.fails(model, {"a": self.keep}, self.x, "'a'", op)
 
-    def test_names_the_module(self):
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_names_the_module(self, kind, dtype):
         class Net(nn.Module):
             def __init__(self):
                 super().__init__()
-                self.a, self.rnn = nn.Linear(4, 6), nn.LSTM(6, 5)
-                self.b = nn.Linear(5, 2)
+                self.a, self.rnn = nn.Linear(4, 6), kind(6, 5)
+                self.b, self.c = nn.Linear(5, 7), nn.Linear(7, 2)
 
             def forward(self, x):
-                return self.b(self.rnn(self.a(x))[0])
+                return self.c(F.relu(self.b(self.rnn(self.a(x))[0])))
 
-        self.fails(Net(), {"a": self.keep}, self.x, "LSTM 'rnn'")
+        model, x = Net().to(dtype), self.x.to(dtype)
+        assert [g.name for g in prune.groups(model, x)] == ["b"]
+        self.fails(model, {"a": self.keep}, x, f"{kind.__name__} 'rnn'")
 
     def test_attention_of_torch_stays_and_the_rest_shrinks(self):
         torch.manual_seed(0)

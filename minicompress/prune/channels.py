@@ -116,11 +116,11 @@ def _plan(model: nn.Module, keep: Mapping[str, Tensor], inputs) -> Plan:
                 f"keep: {name!r} is no group that can shrink: {why}; "
                 f"groups are {list(known)}"
             )
-        mask = _checked(known[name], mask)
+        # What is of no unit (-1) stays: it takes the last entry.
+        mask = nn.functional.pad(_checked(known[name], mask), (0, 1), value=1)
         for part in known[name].slices:
-            stays = (part.unit < 0) | mask[part.unit.clamp(min=0)]
             key = part.name, part.axis
-            plan[key] = plan.get(key, True) & stays
+            plan[key] = plan.get(key, True) & mask[part.unit]
     for (name, axis), stays in plan.items():
         if not stays.any():
             raise ValueError(f"keep: nothing is left of {name}, axis {axis}")
@@ -179,27 +179,18 @@ def _masked(model: nn.Module, plan: Plan, small: nn.Module) -> nn.Module:
 
 def _changed(model: nn.Module, plan: Plan, change) -> nn.Module:
     """Copy a model and change the tensors that the plan names."""
-    model = deepcopy(model)
     old = dict(named_tensors(model))
-    new = dict(old)
-    with torch.no_grad():
-        for (name, axis), stays in plan.items():
-            if name in old:
-                new[name] = change(new[name].detach(), axis, stays)
-    # Tied tensors stay tied: one new tensor for one old one.
-    swap = {}
-    for name, t in old.items():
-        if new[name] is not t:
-            is_parameter = isinstance(t, nn.Parameter)
-            x = new[name].contiguous()
-            swap[id(t)] = (
-                nn.Parameter(x, t.requires_grad) if is_parameter else x
-            )
-    for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
-            for name, t in tensors.items():
-                tensors[name] = swap.get(id(t), t)
-    return model
+    new: dict[str, Tensor] = {}
+    for (name, axis), stays in plan.items():
+        if name in old:
+            t = new.get(name, old[name].detach())
+            new[name] = change(t, axis, stays)
+    copies = {}  # by the id of the old one: tied tensors stay tied
+    for name, x in new.items():
+        t, x = old[name], x.contiguous()
+        is_parameter = isinstance(t, nn.Parameter)
+        copies[id(t)] = nn.Parameter(x, t.requires_grad) if is_parameter else x
+    return deepcopy(model, copies)
 
 
 def _recount(module: nn.Module, count: str, n: int) -> None:

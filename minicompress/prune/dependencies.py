@@ -128,10 +128,12 @@ def collect(units: Units) -> list[Group]:
                 names[g] = axis.name.rpartition(".")[0] or axis.name
                 members = roots[(group_of == g) & free].unique()
                 number[members] = torch.arange(len(members))
+    number = number[roots]
+    group_of = group_of.where(number >= 0, -1)
     slices: dict[int, list[Slice]] = {g: [] for g in names}
     for axis in axes:
-        unit, g = number[roots[axis.entries]], group_of[axis.entries]
-        for key in g[unit >= 0].unique().tolist():
+        unit, g = number[axis.entries], group_of[axis.entries]
+        for key in set(g.flatten().tolist()) - {-1}:
             slices[key].append(_slice(axis, unit.where(g == key, -1)))
     sizes = {g: int(number[group_of == g].max()) + 1 for g in names}
     return [

@@ -75,12 +75,11 @@ def _whole(t, units, label, w, bias):
 
 def _along(t, units: Tensor, *tensors) -> None:
     """Let one number per unit (biases, norms) go with its unit."""
+    own = [t.units.entries(x, 0, "along") for x in tensors if t.units.owns(x)]
+    if own:
+        t.join(units, torch.stack(own))
     for x in tensors:
-        if x is None:
-            continue
-        if t.units.owns(x):
-            t.join(units, t.units.entries(x, 0, "along"))
-        else:
+        if x is not None and not t.units.owns(x):
             t.keep_whole(x)
             t.fix(units)
 

@@ -1,5 +1,7 @@
 """Which rule is for which operation of torch."""
 
+from functools import cache
+
 import torch
 
 from . import layer_rules as layers
@@ -19,6 +21,7 @@ _NAMES = {
     # and all that torch itself tags as pointwise
     shapes.pointwise: """hardswish hardsigmoid relu6 celu selu elu softplus
         where log_sigmoid_forward _prelu_kernel masked_fill fill zero""",
+    shapes.unknown: "lstm gru rnn_tanh rnn_relu",  # they know their sizes
     shapes.identity: """clone contiguous detach alias lift_fresh _to_copy
         to zeros_like ones_like full_like empty_like rand_like randn_like""",
     shapes.constant: "new_zeros new_ones new_full new_empty",
@@ -43,6 +46,7 @@ _NAMES = {
 RULES = {name: rule for rule, s in _NAMES.items() for name in s.split()}
 
 
+@cache
 def find_rule(func):
     """Return the rule of an operation; None if it has to be taken apart."""
     space, _, name = func._schema.name.partition("::")

@@ -21,8 +21,9 @@ def pointwise(t, func, a, out):
     """Join what meets: element by element, with broadcasting."""
     if not isinstance(out, Tensor):
         return unknown(t, func, a, out)
-    label, shape = None, ()
-    for x in tensors(a):
+    first, *others = tensors(a)
+    label, shape = t.label(first), first.shape
+    for x in others:
         label = t.meet(label, shape, t.label(x), x.shape)
         shape = torch.broadcast_shapes(shape, x.shape)
     return label

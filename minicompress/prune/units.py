@@ -54,11 +54,10 @@ class Units:
 
     def is_own(self, label: Tensor) -> bool:
         """Say whether all of it are elements of one of the model's tensors."""
-        low, high = int(label.min()), int(label.max())
         return any(
             axis.axis is None
-            and axis.entries.flatten()[0] <= low
-            and axis.entries.flatten()[-1] >= high
+            and axis.entries.flatten()[0] <= label.min()
+            and axis.entries.flatten()[-1] >= label.max()
             for axis in self.axes.values()
         )
 
@@ -94,10 +93,11 @@ class Units:
     def join(self, a: Tensor, b: Tensor, why: str) -> None:
         """Let entries go together; what meets none (0) has to stay."""
         a, b = (x.flatten() for x in torch.broadcast_tensors(a, b))
-        both = (a > 0) & (b > 0)
-        if both.any():
-            self.joined.append((a[both], b[both]))
-        self.fix((a + b)[~both], why)
+        both = a.minimum(b) > 0
+        if not both.all():
+            self.fix((a + b)[~both], why)
+            a, b = a[both], b[both]
+        self.joined.append((a, b))
 
     def fix(self, label: Tensor | None, why: str) -> None:
         """Let entries stay."""
