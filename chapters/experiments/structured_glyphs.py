@@ -19,7 +19,7 @@ SEEDS, CHANNELS = 3, (16, 32, 64, 128)
 EPOCHS, MORE, LR, SIZE = 8, 2, 3e-3, 64  # training, and after the pruning
 BUDGETS = (0.75, 0.5, 0.25, 0.1)  # of the MACs
 TRAINED = (0.5, 0.25, 0.1)
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 SLIMMING = 1e-2  # of 1e-3, 3e-3, 1e-2 the best on validation data
 SEEN = 8  # batches of 64 training images that the criteria see
 CRITERIA = (
@@ -201,7 +201,7 @@ def in_rounds(subject, lr, budget, rounds, teacher):
     return percent(small, subject.task)
 
 
-def from_scratch(subject, budget, factor):
+def from_scratch(subject, lr, budget, factor, split="test"):
     """Train the small architecture from new weights, at the pruned cost.
 
     For as many steps as training and fine-tuning took, or (`factor`) for as
@@ -212,7 +212,7 @@ def from_scratch(subject, budget, factor):
     net = fresh(50 + subject.seed, channels)
     epochs = round((EPOCHS + MORE) * factor)
     batches = feed(subject.task, epochs, 200 + subject.seed)
-    return percent(train.fit(net, batches, lr=LR), subject.task)
+    return percent(train.fit(net, batches, lr=lr), subject.task, split)
 
 
 def main():
@@ -240,15 +240,23 @@ def main():
             store.get(f"{key}/{s.seed}", partial(compute, s, *args)) for s in of
         ]
 
-    def choose():
-        found = {}
-        for lr in RATES:
-            nets = [s.removed(s.keep("L1 of filters", 0.25)) for s in subjects]
-            pairs = zip(nets, subjects, strict=True)
-            found[lr] = sum(tune(n, s, lr, split="val") for n, s in pairs)
+    def choose(quality, subjects):
+        """Choose a learning rate on validation data."""
+        found = {lr: sum(quality(s, lr) for s in subjects) for lr in RATES}
         return max(found, key=found.get)
 
-    lr = store.get("lr", choose)
+    lrs = {
+        "pruned": lambda s, lr: tune(
+            s.removed(s.keep("L1 of filters", 0.25)), s, lr, split="val"
+        ),
+        "dense": lambda s, lr: tune(s.model, s, lr, split="val"),
+        "scratch": lambda s, lr: from_scratch(s, lr, 0.25, 1, "val"),
+    }
+    lrs = {
+        name: store.get(f"lr/{name}", partial(choose, f, subjects[:2]))
+        for name, f in tqdm(lrs.items(), desc="learning rates")
+    }
+    lr = lrs["pruned"]
     rows = []
 
     def add(key, compute, *args, of=subjects, **what):
@@ -336,6 +344,7 @@ def main():
             add(
                 f"scratch/{budget}/{name}",
                 from_scratch,
+                lrs["scratch"],
                 budget,
                 factor,
                 when="after",
@@ -345,7 +354,7 @@ def main():
     _stamp.write(
         __file__,
         {
-            "lr": lr,
+            "lr": lrs,
             "macs": subjects[0].macs,
             "channels": list(CHANNELS),
             "epochs": [EPOCHS, MORE],

@@ -206,7 +206,7 @@ def gates(
     """Differentiate the loss by a gate on each unit, sample by sample.
 
     Think of a gate m = 1 that multiplies a unit wherever it is read.  Each
-    column w that reads it then is m w, and the chain rule says
+    column w that reads it then is m w, and the chain rule says::
 
         dL/dm = sum of w dL/dw over these columns,
 

@@ -73,7 +73,7 @@ def refit(
     """Let the units that stay stand in for those that go: least squares.
 
     Each reader gets the weights W' on the kept inputs K, and the bias, with
-    which its outputs come closest to what they were:
+    which its outputs come closest to what they were::
 
         W' = W C_:K (C_KK)^-1,    C the covariance of its inputs.
 

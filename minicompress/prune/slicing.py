@@ -24,7 +24,7 @@ def without_scales(model: LM) -> LM:
 
     Scale and shift move into the layers that read a norm.  What is left of a
     LayerNorm takes the mean off and divides by the length; if every layer
-    that writes to the stream takes the mean off, too, the norm need not:
+    that writes to the stream takes the mean off, too, the norm need not::
 
         LN(x) = RMSNorm(x C),    C = I - 1 1^T / d.
 
