@@ -89,7 +89,8 @@ def stochastic_depth(
     Returns
     -------
     A copy for training, with one draw of torch's generator for each block
-    and batch.  `unskipped` turns it into an ordinary model.
+    and batch; something outside the stack has to learn too, for the batches
+    that skip all blocks.  `unskipped` turns it into an ordinary model.
 
     References
     ----------
@@ -267,7 +268,7 @@ def block_influence(
     References
     ----------
     Men et al., ShortGPT: Layers in Large Language Models are More Redundant
-    Than You Expect, arXiv:2403.03853, equation 1.
+    Than You Expect, arXiv:2403.03853 (there "block influence", BI).
 
     Examples
     --------
@@ -314,7 +315,7 @@ def angular_distance(
     References
     ----------
     Gromov et al., The Unreasonable Ineffectiveness of the Deeper Layers,
-    arXiv:2403.17887, equation 7.
+    arXiv:2403.17887.
 
     Examples
     --------
@@ -335,6 +336,9 @@ def remove_blocks(
     model: nn.Module, stack: str, keep: Tensor, *inputs
 ) -> nn.Module:
     """Return a less deep model without some of its blocks.
+
+    A block of the form norm(x + g(x)), as in BERT, is not x -> x when g is 0:
+    its removal takes a normalization away as well.
 
     Parameters
     ----------
@@ -361,8 +365,7 @@ def remove_blocks(
 
     References
     ----------
-    Men et al., arXiv:2403.03853, section 3; a BERT-type block normalizes
-    the sum, x -> norm(x + g(x)), and is far from x -> x even if g is 0.
+    Men et al., ShortGPT, arXiv:2403.03853.
 
     Examples
     --------
