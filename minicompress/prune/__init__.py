@@ -1,7 +1,9 @@
 """Pruning: scores say what matters, masks what stays, repairs make up for it.
 
 A score is larger where a weight is more important; a mask is True where it
-is kept; a repair moves the weights that are left and returns a code.
+is kept; a repair moves the weights that are left and returns a code.  What
+goes as a whole (channels, hidden units, heads, blocks) is taken out of the
+model, and the result is a new, smaller one.
 """
 
 from .channel_choice import keep_units, shrink, within
@@ -19,6 +21,17 @@ from .channels import mask_channels, remove_channels
 from .dependencies import Group, Slice, groups
 from .healing import fold_means, refit, renormalize
 from .initial import grasp, snip, synflow, synflow_masks
+from .layers import (
+    angular_distance,
+    block_influence,
+    every_other,
+    greedy_blocks,
+    layerdrop,
+    linear_decay,
+    remove_blocks,
+    stochastic_depth,
+    unskipped,
+)
 from .learned import (
     HardConcrete,
     expected_l0,
@@ -77,10 +90,13 @@ __all__ = [
     "HardConcrete",
     "Moments",
     "Slice",
+    "angular_distance",
+    "block_influence",
     "channel_entropy",
     "contributions",
     "cubic",
     "curvature",
+    "every_other",
     "expected_l0",
     "filter_distances",
     "filter_norms",
@@ -93,6 +109,7 @@ __all__ = [
     "gradients",
     "gradual",
     "grasp",
+    "greedy_blocks",
     "group_lasso",
     "groups",
     "hard_concrete",
@@ -104,7 +121,9 @@ __all__ = [
     "keep_rows",
     "keep_units",
     "lasso",
+    "layerdrop",
     "least_squares",
+    "linear_decay",
     "lottery",
     "magnitude",
     "magnitudes",
@@ -122,6 +141,7 @@ __all__ = [
     "random",
     "reconstruction_scores",
     "refit",
+    "remove_blocks",
     "remove_channels",
     "renormalize",
     "rigl",
@@ -137,6 +157,7 @@ __all__ = [
     "splice",
     "spliced",
     "sr_ste",
+    "stochastic_depth",
     "surgeon",
     "synflow",
     "synflow_masks",
@@ -145,6 +166,7 @@ __all__ = [
     "threshold",
     "unit_activations",
     "unit_sums",
+    "unskipped",
     "wanda",
     "wanda_score",
     "within",
