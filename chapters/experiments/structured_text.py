@@ -16,8 +16,8 @@ from tqdm import tqdm
 from minicompress import data, distill, measure, models, prune, train, zoo
 
 DRAWS, SEEN, LENGTH, SIZE = 3, 8, 128, 8  # batches for calibration
-MORE, RATES = 150, (3e-4, 1e-3, 3e-3)  # steps after the pruning
-SCRATCH, SCRATCH_LR = 2000, 3e-3
+MORE, RATES = 150, (1e-3, 3e-3, 1e-2)  # steps after the pruning
+SCRATCH = 2000
 CRITERIA = (
     "random",
     "L1 of rows",
@@ -151,7 +151,7 @@ def stream(subject, width):
     return {"bits": bits, "parameters": counts}
 
 
-def from_scratch(subject):
+def from_scratch(subject, lr, steps=SCRATCH, split="test"):
     """Train the small architecture anew, for many times as many steps."""
     config = subject.model.config
     torch.manual_seed(subject.draw)
@@ -163,7 +163,7 @@ def from_scratch(subject):
         if n != "tokens"
     }
     net = prune.remove_channels(whole, keep, subject.x)
-    return tune(net, subject, SCRATCH_LR, steps=SCRATCH)
+    return tune(net, subject, lr, steps=steps, split=split)
 
 
 def main():
@@ -190,13 +190,23 @@ def main():
         for w in tqdm(WIDTHS, desc="stream")
     ]
 
-    def choose():
-        s = subjects[0]
-        net = s.nets(s.keep("L1 of rows", HALF))["plain"]
-        found = {lr: tune(net, s, lr, split="val") for lr in RATES}
+    def choose(quality):
+        """Choose a learning rate on the validation text, by one draw."""
+        found = {lr: quality(subjects[0], lr) for lr in RATES}
         return min(found, key=found.get)
 
-    lr = store.get("lr", choose)
+    lrs = {
+        "pruned": lambda s, lr: tune(
+            s.nets(s.keep("L1 of rows", HALF))["plain"], s, lr, split="val"
+        ),
+        "dense": lambda s, lr: tune(s.model, s, lr, split="val"),
+        "scratch": lambda s, lr: from_scratch(s, lr, SCRATCH // 4, "val"),
+    }
+    lrs = {
+        name: store.get(f"lr/{name}", partial(choose, f))
+        for name, f in tqdm(lrs.items(), desc="learning rates")
+    }
+    lr = lrs["pruned"]
     trained = []
     plans = [(c, "plain", False) for c in TRAINED]
     plans += [("random", "refit", False), ("ThiNet", "refit", False)]
@@ -214,12 +224,14 @@ def main():
     _stamp.write(
         __file__,
         {
-            "lr": lr,
+            "lr": lrs,
             "steps": {"after": MORE, "scratch": SCRATCH},
             "parameters": measure.params(model),
             "dense": round(zoo.quality(model, task), 4),
-            "dense, trained on": each("longer", lambda s: tune(model, s, lr)),
-            "from scratch": each("scratch", from_scratch),
+            "dense, trained on": each(
+                "longer", lambda s: tune(model, s, lrs["dense"])
+            ),
+            "from scratch": each("scratch", from_scratch, lrs["scratch"]),
             "rows": rows,
             "streams": streams,
             "trained": trained,
