@@ -125,7 +125,7 @@ def insert_claims(app, docname, source):
 
 
 def number_as_named(app, env):
-    """Give chapters/04_name.ipynb the number 4, also before 2 and 3 exist."""
+    """Give chapters/04_name.ipynb the number 4, also where one is missing."""
     changed = []
     for doc, numbers in env.toc_secnumbers.items():
         found = re.match(r"chapters/(\d+)_", doc)
