@@ -27,7 +27,7 @@ from minicompress.prune import layers as depth
 SEEDS, STEPS, SIZE, LENGTH = 3, 2000, 8, 64
 BLOCKS, WIDTH, HEADS = 8, 48, 4
 SHALLOW = (6, 4)
-RATES = (1e-2, 2e-2)
+RATES = (2.5e-3, 5e-3, 1e-2)
 DROP = 0.2
 REMOVED = (1, 2, 3, 4, 5)
 RANDOM = 2  # draws
