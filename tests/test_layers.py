@@ -766,9 +766,6 @@ class TestRemoval:
     def test_a_file_gives_a_user_s_model_back(self, case, tmp_path):
         self.check_file(CASES[case], tmp_path, own=True)
 
-    @pytest.mark.xfail(
-        strict=True, reason="storage does not know stacks of fewer blocks yet"
-    )
     @pytest.mark.parametrize("case", [*CASES][:5])
     def test_a_file_gives_the_same_model_back(self, case, tmp_path):
         self.check_file(CASES[case], tmp_path, own=False)

@@ -177,6 +177,29 @@ def test_descriptions_rebuild_the_layer(layer):
     }
 
 
+@pytest.mark.parametrize("gone", [[1], [0, 3]])
+def test_stack_of_fewer_blocks(gone):
+    torch.manual_seed(0)
+    model = models.ResNet((4, 6), blocks=2)
+    kept = [b for i, b in enumerate(model.blocks) if i not in gone]
+    model.blocks = nn.ModuleList(kept)
+    again = storage.loads(storage.dumps(model.eval()))
+    x = torch.randn(2, 1, 8, 8)
+    assert len(again.blocks) == 4 - len(gone)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize(
+    "numbers", [[0, 2], [1, 0], [0, 0], [-1], [1.0], [True, "0"], ["0"]]
+)
+def test_numbers_of_blocks_are_checked(numbers):
+    stack = models.LM(vocab=30, width=8, layers=2, heads=2)
+    with pytest.raises((ValueError, TypeError)):
+        layers.replaced(stack, {"blocks": ["Kept", {"numbers": numbers}]})
+    with pytest.raises(ValueError):
+        layers.replaced(stack, {"norm": ["Kept", {"numbers": [0]}]})
+
+
 def test_only_known_layers_can_be_described():
     assert layers.describe(nn.LSTM(2, 2)) is None
     assert layers.describe(nn.Conv2d(1, 1, 3, padding_mode="circular")) is None

@@ -31,6 +31,7 @@ ARGUMENTS = {
     nn.ReLU: "",
     nn.Identity: "",
 }
+STACKS = (nn.ModuleList, nn.Sequential)
 TYPES = {t.__name__: t for t in ARGUMENTS}
 
 
@@ -102,12 +103,17 @@ def differences(model: nn.Module, plain: nn.Module, path: str = "") -> dict:
     if mine is not None and path:
         return {} if mine == describe(plain) else {path: mine}
     inside, theirs = model._modules, plain._modules
+    found: dict = {}
+    if type(model) is type(plain) and type(plain) in STACKS:
+        numbers = _numbers(list(inside.values()), list(theirs.values()))
+        if path and numbers is not None and len(numbers) < len(theirs):
+            found[path] = ["Kept", {"numbers": numbers}]
+            theirs = _kept(plain, numbers)._modules
     if type(model) is not type(plain) or list(inside) != list(theirs):
         raise ValueError(
             f"{path or 'model'}: {type(model).__name__} differs from what "
             "its configuration builds, and is no ordinary torch layer"
         )
-    found: dict = {}
     for name, child in inside.items():
         where = f"{path}.{name}" if path else name
         found |= differences(child, theirs[name], where)
@@ -122,5 +128,41 @@ def replaced(model: nn.Module, changes: dict) -> nn.Module:
         owner = model.get_submodule(parent)
         if name not in owner._modules:
             raise ValueError(f"{path}: the model has no such layer")
-        owner._modules[name] = make(description)
+        if description[0] == "Kept":
+            old, numbers = owner._modules[name], description[1]["numbers"]
+            owner._modules[name] = _kept(old, numbers)
+        else:
+            owner._modules[name] = make(description)
     return model
+
+
+def _numbers(mine: list, theirs: list) -> list[int] | None:
+    """Find the blocks that are left of a stack, or None if they are new."""
+    for exact in (True, False):
+        numbers, rest = [], iter(range(len(theirs)))
+        for block in mine:
+            fits = (i for i in rest if _fits(block, theirs[i], exact))
+            numbers.append(next(fits, None))
+        if None not in numbers:
+            return numbers
+    return None
+
+
+def _fits(block: nn.Module, other: nn.Module, exact: bool) -> bool:
+    try:
+        return not (differences(block, other, "block") and exact)
+    except ValueError:
+        return False
+
+
+def _kept(stack: nn.Module, numbers: list) -> nn.Module:
+    """Return a stack of some of the blocks of another."""
+    count = len(stack) if type(stack) in STACKS else 0
+    steps = all(type(i) is int and 0 <= i < count for i in numbers)
+    if not count or not steps or sorted(set(numbers)) != numbers:
+        raise ValueError(f"blocks {numbers!r} of {type(stack).__name__}")
+    blocks = list(stack)
+    left = [blocks[i] for i in numbers]
+    if type(stack) is nn.Sequential:
+        return nn.Sequential(*left)
+    return nn.ModuleList(left)
