@@ -72,10 +72,10 @@ def refit(
 ) -> nn.Module:
     """Let the units that stay stand in for those that go: least squares.
 
-    Each reader gets the weights W' on the kept inputs K, and the bias, with
+    Each reader gets the weights W' on the kept inputs k, and the bias, with
     which its outputs come closest to what they were::
 
-        W' = W C_:K (C_KK)^-1,    C the covariance of its inputs.
+        W' = W C_:k (C_kk)^-1,    C the covariance of its inputs.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ def refit(
         as for `fold_means`; run once for each reader, which sees what the
         readers before it have become.
     damp
-        what is added to the diagonal of C_KK, as a fraction of its mean.
+        what is added to the diagonal of C_kk, as a fraction of its mean.
 
     Returns
     -------
