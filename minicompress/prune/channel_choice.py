@@ -49,7 +49,9 @@ def keep_units(
 
     Returns
     -------
-    {name of a group: bool (size,), True = keep}, for `remove_channels`.
+    dict
+        For each group by name, bool (size,), True = keep; this is what
+        `remove_channels` takes.
 
     Raises
     ------
@@ -111,7 +113,8 @@ def within(
 
     Returns
     -------
-    {name of a group: bool (size,)}.
+    dict
+        For each group by name, bool (size,), True = keep.
 
     Raises
     ------

@@ -81,7 +81,8 @@ def filter_norms(
 
     Returns
     -------
-    {name of the group: (size,)}.
+    dict
+        For each group by name, the scores (size,).
 
     References
     ----------
@@ -144,7 +145,8 @@ def filter_distances(model: nn.Module, groups: Iterable[Group]) -> Scores:
 
     Returns
     -------
-    {name of the group: (size,)}.
+    dict
+        For each group by name, the scores (size,).
     """
     tensors = _tensors(model)
     scores = {}
@@ -172,7 +174,8 @@ def norm_scales(model: nn.Module, groups: Iterable[Group]) -> Scores:
 
     Returns
     -------
-    {name of the group: (size,)}.
+    dict
+        For each group by name, the scores (size,).
 
     Raises
     ------
@@ -227,11 +230,14 @@ def gates(
 
     Returns
     -------
-    {name of the group: (samples, size)}.  For one score per unit take
+    dict
+        For each group by name, the slopes g (samples, size).  For one score
+        per unit take
 
-    * ``g.abs().mean(0)`` (Molchanov et al. 2017; for heads Michel et al.),
-    * ``g.mean(0) ** 2`` (Molchanov et al. 2019),
-    * ``(g ** 2).mean(0) / 2`` (Fisher).
+        * ``g.abs().mean(0)`` (Molchanov et al. 2017; for heads Michel et
+          al.),
+        * ``g.mean(0) ** 2`` (Molchanov et al. 2019),
+        * ``(g ** 2).mean(0) / 2`` (Fisher).
 
     References
     ----------
@@ -296,10 +302,11 @@ def unit_activations(
 
     Returns
     -------
-    {name of the group: (samples, size)}, the mean over the entries of a
-    unit: for a convolution over all positions of an input, for a head over
-    its features.  A linear layer counts each vector as a sample.  For
-    `channel_entropy`, or ``.mean(0)`` for `fold_means`.
+    dict
+        For each group by name (samples, size), the mean over the entries of
+        a unit: for a convolution over all positions of an input, for a head
+        over its features.  A linear layer counts each vector as a sample.
+        `channel_entropy` takes it as it is.
 
     Raises
     ------

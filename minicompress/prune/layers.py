@@ -39,7 +39,8 @@ def linear_decay(count: int, *, last: float = 0.5) -> Tensor:
 
     Returns
     -------
-    (count,) float64: p_l = 1 - l/L (1 - p_L) for l = 1 ... L.
+    Tensor
+        (count,) float64: p_l = 1 - l/L (1 - p_L) for l = 1 ... L.
 
     References
     ----------
@@ -88,9 +89,11 @@ def stochastic_depth(
 
     Returns
     -------
-    A copy for training, with one draw of torch's generator for each block
-    and batch; something outside the stack has to learn too, for the batches
-    that skip all blocks.  `unskipped` turns it into an ordinary model.
+    nn.Module
+        A copy for training, with one draw of torch's generator for each
+        block and batch; something outside the stack has to learn too, for
+        the batches that skip all blocks.  `unskipped` turns it into an
+        ordinary model.
 
     References
     ----------

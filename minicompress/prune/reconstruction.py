@@ -157,7 +157,9 @@ def reconstruction_scores(
 
     Returns
     -------
-    {name of the group: (size,)}.  `refit` belongs to this choice.
+    dict
+        For each group by name, the scores (size,).  `refit` belongs to this
+        choice.
 
     Raises
     ------

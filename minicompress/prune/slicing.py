@@ -96,8 +96,9 @@ def principal(model: LM, batches: Iterable) -> tuple[Tensor, Tensor]:
 
     Returns
     -------
-    Share of the energy (width,), largest first, and Q (width, width) with
-    the directions as columns, float64.
+    tuple of Tensor
+        Share of the energy (width,), largest first, and Q (width, width)
+        with the directions as columns, float64.
     """
     _check(model, nn.RMSNorm)
     n = model.tokens.embedding_dim
