@@ -16,6 +16,7 @@ from .formats import (
     to_fixed,
     to_float,
 )
+from .grids import min_max
 
 __all__ = [
     "BFLOAT16",
@@ -30,6 +31,7 @@ __all__ = [
     "every_number",
     "fields",
     "from_fields",
+    "min_max",
     "to_fixed",
     "to_float",
 ]
