@@ -14,8 +14,8 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
+from .. import calibrate
 from ..models import LM
-from ..train import evaluating
 from .channels import remove_channels
 
 
@@ -101,23 +101,12 @@ def principal(model: LM, batches: Iterable) -> tuple[Tensor, Tensor]:
         with the directions as columns, float64.
     """
     _check(model, nn.RMSNorm)
-    n = model.tokens.embedding_dim
-    gram = torch.zeros(n, n, dtype=torch.float64)
-
-    def record(norm, args, out):
-        x = out.detach().reshape(-1, n).double()
-        gram.add_((x.T @ x).cpu())
-
-    norms = [model.get_submodule(path) for path in _readers(model)]
-    handles = [norm.register_forward_hook(record) for norm in norms]
-    try:
-        with evaluating(model) as device:
-            for batch in batches:
-                x = batch if isinstance(batch, Tensor) else batch[0]
-                model(x.to(device))
-    finally:
-        for handle in handles:
-            handle.remove()
+    batches = list(batches)
+    if not batches:
+        raise ValueError("batches: there are none")
+    first = {id(layers[0].weight) for layers in _readers(model).values()}
+    stats = calibrate.inputs(model, batches, where=lambda n, w: id(w) in first)
+    gram = sum(s.gram.cpu() for s in stats.values())
     energy, Q = torch.linalg.eigh(gram)
     return energy.flip(0) / energy.sum(), Q.flip(1)
 
@@ -147,8 +136,6 @@ def sliced(model: LM, batches: Iterable, *, width: int) -> LM:
     Ashkboos et al., SliceGPT, arXiv:2401.15024, section 3.
     """
     batches = list(batches)
-    if not batches:
-        raise ValueError("batches: there are none")
     plain = without_scales(model)
     _, Q = principal(plain, batches)
     turned = rotated(plain, Q.to(plain.head.weight.device))
