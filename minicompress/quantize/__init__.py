@@ -1,5 +1,32 @@
 """Quantization: fewer bits for each number."""
 
+from .activations import dynamic, off, on_inputs, round_now, static
+from .adaptive import adaround
+from .allocate import (
+    damage,
+    greedy,
+    knapsack,
+    lagrangian,
+    predicted,
+    sensitivity,
+)
+from .blocks import microscaling, mxfp4, nvfp4
+from .cache import Cache, CachedLM, attend, quantize_keys, quantize_values
+from .clipping import aciq_clip, kl
+from .conversion import integer_model
+from .curvature import hawq_table, hessian_traces, top_eigenvalues
+from .extreme import (
+    binary,
+    bitnet,
+    distinct,
+    refined_sketch,
+    sketch,
+    ternary,
+    trits,
+    twn,
+)
+from .fake import fake
+from .folding import fold_norms, folded
 from .formats import (
     BFLOAT16,
     E2M1,
@@ -16,7 +43,63 @@ from .formats import (
     to_fixed,
     to_float,
 )
-from .grids import min_max
+from .grids import min_max, mse, percentile
+from .int8 import Int8Linear, kernels
+from .integers import (
+    IntegerNet,
+    fixed_point,
+    rescale,
+    safe_terms,
+    zero_point_product,
+)
+from .intervals import (
+    dorefa_activations,
+    dorefa_code,
+    dorefa_gradient,
+    dorefa_weights,
+    pact,
+)
+from .latent import (
+    binary_connect,
+    bitnet_weights,
+    clip_latent,
+    sign_activation,
+    stochastic_sign,
+    ttq,
+    ttq_code,
+    twn_weights,
+    xnor_weights,
+)
+from .outliers import (
+    awq,
+    int8_with_outliers,
+    move_scales,
+    norm_readers,
+    smooth,
+    smooth_scales,
+)
+from .rates import by_size, water_filling
+from .rotation import incoherence, random_signs, rotate, turn
+from .rounding import gptq, nearest, obq, stochastic
+from .scaling import correct_bias, correct_biases, equalize, equalized
+from .tables import (
+    lloyd,
+    lloyd_levels,
+    nf4,
+    nf4_levels,
+    powers_of_two,
+    small_scales,
+)
+from .training import (
+    LossScale,
+    encode_trained,
+    lsq,
+    lsq_code,
+    lsq_scale,
+    ste,
+    ste_code,
+)
+from .xnor import pack_signs, xnor_conv2d, xnor_matmul, xnor_scale
 
 __all__ = [
     "BFLOAT16",
@@ -27,11 +110,108 @@ __all__ = [
     "E5M2",
     "FLOAT16",
     "FLOAT32",
+    "Cache",
+    "CachedLM",
     "FloatFormat",
+    "Int8Linear",
+    "IntegerNet",
+    "LossScale",
+    "aciq_clip",
+    "adaround",
+    "attend",
+    "awq",
+    "binary",
+    "binary_connect",
+    "bitnet",
+    "bitnet_weights",
+    "by_size",
+    "clip_latent",
+    "correct_bias",
+    "correct_biases",
+    "damage",
+    "distinct",
+    "dorefa_activations",
+    "dorefa_code",
+    "dorefa_gradient",
+    "dorefa_weights",
+    "dynamic",
+    "encode_trained",
+    "equalize",
+    "equalized",
     "every_number",
+    "fake",
     "fields",
+    "fixed_point",
+    "fold_norms",
+    "folded",
     "from_fields",
+    "gptq",
+    "greedy",
+    "hawq_table",
+    "hessian_traces",
+    "incoherence",
+    "int8_with_outliers",
+    "integer_model",
+    "kernels",
+    "kl",
+    "knapsack",
+    "lagrangian",
+    "lloyd",
+    "lloyd_levels",
+    "lsq",
+    "lsq_code",
+    "lsq_scale",
+    "microscaling",
     "min_max",
+    "move_scales",
+    "mse",
+    "mxfp4",
+    "nearest",
+    "nf4",
+    "nf4_levels",
+    "norm_readers",
+    "nvfp4",
+    "obq",
+    "off",
+    "on_inputs",
+    "pack_signs",
+    "pact",
+    "percentile",
+    "powers_of_two",
+    "predicted",
+    "quantize_keys",
+    "quantize_values",
+    "random_signs",
+    "refined_sketch",
+    "rescale",
+    "rotate",
+    "round_now",
+    "safe_terms",
+    "sensitivity",
+    "sign_activation",
+    "sketch",
+    "small_scales",
+    "smooth",
+    "smooth_scales",
+    "static",
+    "ste",
+    "ste_code",
+    "stochastic",
+    "stochastic_sign",
+    "ternary",
     "to_fixed",
     "to_float",
+    "top_eigenvalues",
+    "trits",
+    "ttq",
+    "ttq_code",
+    "turn",
+    "twn",
+    "twn_weights",
+    "water_filling",
+    "xnor_conv2d",
+    "xnor_matmul",
+    "xnor_scale",
+    "xnor_weights",
+    "zero_point_product",
 ]
