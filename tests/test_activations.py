@@ -292,6 +292,17 @@ class TestStatic:
         )
         assert torch.allclose(new(x), layer(rounded), atol=1e-5)
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_types(self, dtype):
+        model, x = mlp().to(dtype), drawn(0, 50, 4).to(dtype)
+        for new in (
+            quantize.static(model, [x], rule=EIGHT),
+            quantize.dynamic(model, each="token"),
+        ):
+            y, want = new(x), model(x)
+            assert y.dtype == dtype
+            assert (y - want).norm() / want.norm() < 0.02
+
     def test_errors(self):
         with pytest.raises(ValueError, match=r"weight: rule must choose one"):
             quantize.static(

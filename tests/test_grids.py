@@ -208,7 +208,7 @@ class TestPercentile:
             plain = quantize.min_max(W, **how)
             error = (clipped.decode() - W)[:, 1:].square().sum()
             assert error < 0.1 * (plain.decode() - W)[:, 1:].square().sum()
-            assert (plain.decode()[:, 1:] == 0).all()
+            assert (plain.decode()[:, 1:] == 0).double().mean() > 0.99
             assert clipped.decode().max() < 2 * rest.abs().max()
 
     @pytest.mark.parametrize("share", [0, -0.1, 1.1])
@@ -237,12 +237,11 @@ class TestMSE:
     def test_not_worse_than_other_rules(self, symmetric):
         W = torch.cat([drawn(0, 4, 500), drawn(1, 4, 500) ** 3])
         how = {"bits": 4, "symmetric": symmetric}
-        best = (quantize.mse(W, **how).decode() - W).square().sum(1)
+        best = squared(W, quantize.mse(W, **how))
         for share in (0.9, 0.99, 0.999):
-            other = quantize.percentile(W, **how, share=share).decode()
-            assert (best <= (other - W).square().sum(1) * 1.001).all()
-        other = quantize.kl(W, **how).decode()
-        assert (best <= (other - W).square().sum(1) * 1.001).all()
+            other = quantize.percentile(W, **how, share=share)
+            assert best < squared(W, other)
+        assert best < squared(W, quantize.kl(W, **how))
 
     def test_close_to_the_best_of_all_steps_and_zeros(self):
         W = drawn(0, 40, 64)
@@ -463,3 +462,25 @@ class TestEveryRule:
             rule(torch.ones(2, 3).int(), bits=4)
         with pytest.raises(ValueError, match="W must be"):
             rule(torch.ones(0, 3), bits=4)
+
+
+class TestAllRules:
+    def test_mse_has_the_least_error_on_a_long_tail(self):
+        """One side short, the other long: the outputs of a GELU."""
+        x = torch.nn.functional.gelu(2 * drawn(5, 1 << 14).pow(3))
+        for bits in (3, 4, 6, 8):
+            one = {"bits": bits, "each": "tensor"}
+
+            def error(code):
+                return float((x - code.decode()).square().mean())
+
+            others = [
+                quantize.min_max(x, **one),
+                quantize.kl(x, **one),
+                *(
+                    quantize.percentile(x, share=s, **one)
+                    for s in (0.9999, 0.999, 0.99, 0.98, 0.96)
+                ),
+            ]
+            least = min(map(error, others))
+            assert error(quantize.mse(x, **one)) <= 1.001 * least, bits

@@ -6,7 +6,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -275,6 +275,7 @@ class TestKernels:
         n=st.integers(1, 70),
         out=st.integers(1, 40),
     )
+    @example(seed=0, rows=1, n=1, out=2)  # torch._int_mm gives zeros here
     @settings(max_examples=25, deadline=None)
     def test_all_give_the_exact_sums(self, seed, rows, n, out):
         x = whole(seed, -127, 128, rows, n).to(torch.int8)

@@ -116,6 +116,15 @@ class TestFolding:
         x = drawn(0, 3, 1, 8, 8).double()
         assert relative(quantize.fold_norms(model, x)(x), model(x)) < 1e-14
 
+    def test_bfloat16(self):
+        model = lived(models.CNN((4, 6), classes=3)).bfloat16()
+        x = drawn(0, 3, 1, 8, 8).bfloat16()
+        new = quantize.fold_norms(model, x)
+        assert relative(new(x).float(), model(x).float()) < 0.02
+        same = quantize.equalize(new, [("convs.0", "convs.1")])
+        assert same.convs[0].weight.dtype == torch.bfloat16
+        assert relative(same(x).float(), new(x).float()) < 0.02
+
     def test_what_cannot_be_folded_stays(self):
         x = drawn(0, 4, 2, 6, 6)
         shared = nn.Conv2d(2, 2, 1)

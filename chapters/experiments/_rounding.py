@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from minicompress import calibrate, codes, quantize, storage, through, zoo
 
-RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)  # to choose from
+RATES = tuple(float(f"{x}e-{n}") for n in range(6, 0, -1) for x in (1, 3))
 GROUP = 32
 
 
@@ -301,10 +301,8 @@ def table(
         keys = {"when": when, "method": method, "bits": bits}
         keys |= {"activations": inputs} if inputs else {}
         kind = method, inputs is None
-        if (
-            when == "while" and bits > 4 and kind in rates
-        ):  # searched up to 4 bits
-            job = partial(job, lr=rates[kind])
+        if when == "while" and bits > 4 and kind in rates:
+            job = partial(job, lr=rates[kind])  # the one of 4 bits will do
         rows.append(keys | store.get(key, job))
         rates[kind] = rows[-1].get("lr")
     found = {

@@ -116,7 +116,7 @@ def _rounded(name: str, X: Tensor, axis: int, bits: int) -> Code:
     return codes.Sum(codes.Scaled(codes.Ints(q.int(), bits), scale), low)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Cache:
     """Keys and values of one layer: the old ones rounded, the last ones not.
 
@@ -146,8 +146,10 @@ class Cache:
     >>> cache = Cache(bits=2, group=4, window=2)
     >>> for token in torch.randn(9, 1, 8):
     ...     cache = cache.append(token, token)
-    >>> len(cache.keys), cache.recent[0].shape, len(cache)
-    (1, torch.Size([5, 8]), 9)
+    >>> cache
+    Cache(9 tokens, 4 of them in 2 bits)
+    >>> cache.recent[0].shape
+    torch.Size([5, 8])
     """
 
     bits: int
@@ -165,6 +167,10 @@ class Cache:
                 "group must be at least 1 and window at least 0, got "
                 f"{self.group} and {self.window}"
             )
+
+    def __repr__(self) -> str:
+        old = len(self.keys) * self.group
+        return f"Cache({len(self)} tokens, {old} of them in {self.bits} bits)"
 
     def __len__(self) -> int:
         tail = 0 if self.recent is None else self.recent[0].shape[-2]

@@ -69,6 +69,8 @@ def integer_model(
     >>> x = torch.rand(64, 4)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> net = integer_model(model, x)
+    >>> net
+    IntegerNet(Product((8, 4), relu), Product((2, 8)))
     >>> net.forward(net.encode(x)).dtype
     torch.uint8
     >>> bool((net(x) - model(x)).abs().max() < 0.05)
@@ -109,10 +111,10 @@ def _product(
     """Round a layer between an input and an output grid."""
     scale_in, zero_in = scale / places, zero * places
     scale_out, zero_out = grid
-    W, b = layer.weight.detach().double(), torch.zeros(len(layer.weight))
+    W = layer.weight.detach().double()
+    b = W.new_zeros(len(W))
     if layer.bias is not None:
-        b = layer.bias.detach()
-    b = b.double()
+        b = layer.bias.detach().double()
     top = W.flatten(1).abs().amax(1)
     # rows that are nearly 0 still need a bias in int32 and a factor
     floor = b.abs().clamp(min=scale_out) / (scale_in * 2**30)
@@ -123,25 +125,26 @@ def _product(
     most = max(zero_in, 255 * places - zero_in)  # of |q - zero_in|
     if (q.abs().flatten(1).sum(1) * most + bias.abs()).max() >= 2**31:
         raise ValueError(f"model: a sum of {layer} could leave int32")
-    M0, shift = fixed_point(scale_in * scale_w / scale_out)
-    least = zero_out if relu else 0
-    more = {}
-    if isinstance(layer, nn.Conv2d):
-        if layer.groups > 1 or max(layer.dilation) > 1:
-            raise ValueError(f"model: no groups or dilation in {layer}")
-        if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
-            raise ValueError(f"model: {layer} must pad a number of zeros")
-        more = {"stride": layer.stride, "padding": layer.padding}
     return Product(
         q.to(torch.int8),
         bias.int(),
         zero_in,
         zero_out,
-        M0,
-        shift,
-        least,
-        **more,
+        *fixed_point(scale_in * scale_w / scale_out),
+        zero_out if relu else 0,
+        *_window(layer),
     )
+
+
+def _window(layer: nn.Linear | nn.Conv2d) -> tuple[tuple[int, int], ...]:
+    """Take stride and padding of a convolution."""
+    if isinstance(layer, nn.Linear):
+        return ()
+    if layer.groups > 1 or max(layer.dilation) > 1:
+        raise ValueError(f"model: no groups or dilation in {layer}")
+    if isinstance(layer.padding, str) or layer.padding_mode != "zeros":
+        raise ValueError(f"model: {layer} must pad a number of zeros")
+    return layer.stride, layer.padding
 
 
 def _plain(layer: nn.Module) -> MaxPool | SumPositions | Flatten:

@@ -136,29 +136,29 @@ def mse(
     bits: int,
     each: str | int = "row",
     symmetric: bool = False,
-    shrink: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5),
+    shrink: tuple[float, ...] = (1, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.35),
     steps: int = 3,
 ) -> codes.Code:
     """Round to the grid with the least squared error that a search finds.
 
-    The grid of `min_max`, shrunk a little or a lot, is where the search
-    starts.  Then it takes turns: for a grid the best integers are the
-    nearest, and for integers the best grid is a straight line through the
-    points (q, w), by least squares.
+    The grid of `min_max`, shrunk a little or a lot at one end or both, is
+    where the search starts.  Then it takes turns: for a grid the best
+    integers are the nearest, and for integers the best grid is a straight
+    line through the points (q, w), by least squares.
 
     Parameters
     ----------
     W, bits, each, symmetric
         as in `min_max`.
     shrink
-        fractions of the step of `min_max` that are tried first.
+        fractions of the range of `min_max` that are tried first.
     steps
         turns that follow from the best of them.
 
     Returns
     -------
     Code
-        As from `min_max`, and with 1.0 in `shrink` never with a larger sum
+        As from `min_max`, and with 1 in `shrink` never with a larger sum
         of squared errors (but for rounding the scale to W's type).
 
     References
@@ -187,11 +187,12 @@ def mse(
         widest, zero = span(low, high, bits, symmetric)
         # how good the best grid is so far, its step and its zero
         best = torch.full_like(widest, torch.inf), widest, zero
-        most = torch.maximum(-low, high)
-        for part in shrink:  # the longer end is cut first
-            some = torch.maximum(low, -part * most)
-            grid = span(some, torch.minimum(high, part * most), bits, symmetric)
-            _, best = _try(x, *grid, top, best)
+        far = torch.maximum(-low, high)
+        for part in shrink:
+            _, best = _try(x, part * widest, zero, top, best)
+            if not symmetric:  # or only the end that is farther out
+                near = low.maximum(-part * far), high.minimum(part * far)
+                _, best = _try(x, *span(*near, bits, False), top, best)
         scale, zero = best[1:]
         p, _ = _try(x, scale, zero, top, best)
         for _ in range(steps):

@@ -133,7 +133,7 @@ def rescale(acc: Tensor, M0: Tensor, shift: Tensor) -> Tensor:
     return (acc.long() * M0 + half) >> shift
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Product:
     """A linear layer or a convolution on integers, with ReLU if it has one.
 
@@ -166,6 +166,10 @@ class Product:
     least: int
     stride: tuple[int, int] = (1, 1)
     padding: tuple[int, int] = (0, 0)
+
+    def __repr__(self) -> str:
+        relu = ", relu" if self.least == self.zero_out else ""
+        return f"Product({tuple(self.weight.shape)}{relu})"
 
     def sums(self, q: Tensor) -> Tensor:
         """Accumulate (q - zero_in) times weights plus bias, in int32."""
@@ -236,7 +240,7 @@ class Flatten:
     simulate = __call__
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class IntegerNet:
     """A network of integers, and the two grids at its ends.
 
@@ -259,6 +263,9 @@ class IntegerNet:
     zero_out: int
     images: bool = False
 
+    def __repr__(self) -> str:
+        return f"IntegerNet({', '.join(map(str, self.steps))})"
+
     def encode(self, x: Tensor) -> Tensor:
         """Round an input to uint8, the only step that sees real numbers."""
         x = as_images(x) if self.images else x
@@ -272,7 +279,10 @@ class IntegerNet:
         return q
 
     def simulate(self, q: Tensor) -> Tensor:
-        """Do the same in float64: equal to the last integer."""
+        """Do the same in float64: equal to the last integer.
+
+        Exactly so while sums are below 2^22, times 31 bits of the factor.
+        """
         x = q.double()
         for step in self.steps:
             x = step.simulate(x)

@@ -38,7 +38,7 @@ def nearest(x: Tensor, grid: codes.Code) -> codes.Code:
     Raises
     ------
     ValueError
-        If `grid` is no uniform grid, or x does not fit it or is not finite.
+        If `grid` is no uniform grid, or x does not fit it or holds nan.
 
     Examples
     --------
@@ -234,14 +234,17 @@ def gptq(
     # a column's grid is a row here, contiguous in memory
     scale, zero, top = columns(W, grid)
     scale, zero = scale[:, ::size].T.clone(), zero[:, ::size].T.clone()
+    steps, zeros = scale.unbind(), zero.unbind()  # views: renewed with them
 
     def choose(free, d, columns):
+        groups = (columns // size).tolist()
+
         def rule(i, w):
-            j = columns[i] // size
+            j = groups[i]
             if renew is not None and i % size == 0:
                 group = free[:, i : i + size].to(W.dtype)
                 scale[j], zero[j] = _renewed(group, grid, renew)
-            return _at(w, scale[j], zero[j], top)
+            return _at(w, steps[j], zeros[j], top)
 
         return rule
 
@@ -288,20 +291,22 @@ def _rounded(
     x = real(x)
     scale, zero, top = _numbers(old, x)
     try:
-        q = (whole(x / scale) + zero).clamp(0, top)
+        q = whole(x / scale).add_(zero).clamp_(0, top)
     except RuntimeError:
         raise ValueError(
             f"x {shape} does not fit the scales {tuple(scale.shape)} of grid"
         ) from None
-    if not q.isfinite().all():
-        raise ValueError(f"x {shape} must be finite")
-    new = replace(old, q=codes.Ints(q.int(), old.q.bits))
+    if q.sum().isnan():
+        raise ValueError(f"x {shape} holds nan")
+    kind = torch.uint8 if old.q.bits <= 8 else torch.int32
+    new = replace(old, q=codes.Ints(q.to(kind), old.q.bits))
     return codes.View(new, shape) if isinstance(grid, codes.View) else new
 
 
 def _at(w: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     """Give the nearest point of a grid."""
-    return scale * ((torch.round(w / scale) + zero).clamp(0, top) - zero)
+    q = (w / scale).round_().add_(zero).clamp_(0, top)
+    return q.sub_(zero).mul_(scale)
 
 
 def real(x: Tensor) -> Tensor:
@@ -339,8 +344,8 @@ def columns(W: Tensor, grid: codes.Code) -> tuple[Tensor, Tensor, int]:
 
     def spread(x):
         if isinstance(grid, codes.View):
-            x = x.expand(codes.shape(code.q))
-            return codes.View(x, tuple(W.shape)).decode()
+            x = x.expand(codes.shape(code.q))  # (out, groups, g), padded
+            return x.reshape(len(W), -1)[:, : W.shape[1]]
         return x.expand(W.shape)
 
     return spread(scale), spread(zero), top

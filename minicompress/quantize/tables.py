@@ -33,7 +33,8 @@ def nf4_levels() -> Tensor:
     >>> nf4_levels()[7:10]
     tensor([0.0000, 0.0796, 0.1609])
     """
-    end = 1 - (1 / 30 + 1 / 32) / 2  # the quantile that becomes 1
+    # the quantile that becomes 1: 1 - (1/30 + 1/32) / 2 in the paper's code
+    end = 0.9677083
 
     def normal(n):
         share = torch.linspace(end, 0.5, n, dtype=torch.float64)
