@@ -202,3 +202,19 @@ V = torch.zeros(4)
 def test_errors_name_the_argument(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_large_codes_decode_in_parts_to_the_same_numbers():
+    g = torch.Generator().manual_seed(0)
+    q = torch.randint(0, 16, (700, 400), generator=g)  # more than one part
+    scale = torch.rand(700, 1, generator=g)
+    zero = torch.randint(0, 16, (700, 1), generator=g)
+    levels = torch.randn(16, 3, generator=g)
+    ints = codes.Ints(q, 4)
+    affine = codes.Affine(ints, scale, codes.Ints(zero, 4)).decode()
+    assert torch.equal(affine, scale * (q - zero).float())
+    assert torch.equal(codes.Codebook(ints, levels).decode(), levels[q])
+    scaled = codes.Scaled(codes.Codebook(ints, levels[:, 0]), 0.3).decode()
+    assert torch.equal(scaled, levels[:, 0][q] * 0.3)
+    one = codes.Affine(ints, 0.5, 7).decode()
+    assert torch.equal(one, 0.5 * (q - 7).float())

@@ -1,12 +1,15 @@
 """Codes of single numbers: integers, grids, codebooks, scales."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .tree import Code, brief, broadcast, need, need_array, real, shape, value
+
+CHUNK = 1 << 17  # numbers
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -84,7 +87,8 @@ class Affine(Code):
         return broadcast("Affine", self.q, self.scale, self.zero)
 
     def decode(self):
-        return real(self.scale) * (real(self.q) - real(self.zero))
+        parts = value(self.q), real(self.scale), real(self.zero)
+        return by_rows(lambda q, scale, zero: scale * (real(q) - zero), *parts)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -114,14 +118,14 @@ class Codebook(Code):
         return shape(self.index) + shape(self.centroids)[1:]
 
     def decode(self):
-        # .long(): torch takes a uint8 index for a mask
-        index, centroids = value(self.index).long(), value(self.centroids)
+        index, centroids = value(self.index), value(self.centroids)
         if index.numel() and int(index.max()) >= len(centroids):
             raise ValueError(
                 f"Codebook: index {int(index.max())} is out of range for "
                 f"{len(centroids)} centroids"
             )
-        return centroids[index]
+        # .long(): torch takes a uint8 index for a mask
+        return by_rows(lambda part: centroids[part.long()], index)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -140,7 +144,7 @@ class Scaled(Code):
         return broadcast("Scaled", self.x, self.by)
 
     def decode(self):
-        return real(self.x) * real(self.by)
+        return by_rows(torch.mul, real(self.x), real(self.by))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,6 +178,27 @@ class Rotated(Code):
     def decode(self):
         signs = real(self.signs)
         return hadamard(real(self.x)) * torch.where(signs > 0, 1.0, -1.0)
+
+
+def by_rows(f: Callable[..., Tensor], *xs: Tensor | float) -> Tensor:
+    """Compute f(*xs), elementwise, on as many rows at a time as fit the cache.
+
+    Every pass over a large tensor is a trip to the memory; f may need
+    several.
+    """
+    xs = [x if isinstance(x, Tensor) else torch.tensor(x) for x in xs]
+    full = torch.broadcast_shapes(*(x.shape for x in xs))
+    rows = full[0] if full else 1
+    step = max(1, CHUNK * rows // max(1, math.prod(full)))
+    if step >= rows:
+        return f(*xs)
+    out = None
+    parts = zip(*(x.expand(full).split(step) for x in xs), strict=True)
+    for i, part in enumerate(parts):
+        y = f(*part)
+        out = y.new_empty((rows, *y.shape[1:])) if out is None else out
+        out[i * step : i * step + len(y)] = y
+    return out
 
 
 def hadamard(x: Tensor) -> Tensor:

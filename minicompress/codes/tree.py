@@ -105,10 +105,10 @@ def need_shape(owner: str, shape) -> None:
 
 def need_array(owner: str, **arguments) -> None:
     for name, x in arguments.items():
-        need(
-            isinstance(x, (Tensor, Code)),
-            f"{owner}: {name} must be a tensor or a code, got {x!r}",
-        )
+        if not isinstance(x, (Tensor, Code)):
+            raise ValueError(
+                f"{owner}: {name} must be a tensor or a code, got {x!r}"
+            )
 
 
 def broadcast(owner: str, *xs) -> tuple[int, ...]:
