@@ -25,7 +25,6 @@ from .extreme import (
     trits,
     twn,
 )
-from .fake import fake
 from .folding import fold_norms, folded
 from .formats import (
     BFLOAT16,
@@ -82,6 +81,7 @@ from .rates import by_size, water_filling
 from .rotation import incoherence, random_signs, rotate, turn
 from .rounding import gptq, nearest, obq, stochastic
 from .scaling import correct_bias, correct_biases, equalize, equalized
+from .simulation import fake
 from .tables import (
     lloyd,
     lloyd_levels,

@@ -16,7 +16,7 @@ from .. import calibrate, codes
 from ..calibrate import Forward, Stats, Where
 from ..codes import Code
 from ..through import Through
-from .fake import fake
+from .simulation import fake
 
 NAME = "on_input"  # of the submodule that a layer gets
 
