@@ -111,7 +111,7 @@ def static(
     rule
         chooses the grid of a layer from a sample of its inputs with the
         smallest and the largest of all of them, for instance
-        ``functools.partial(quantize.min_max, bits=8, each="tensor")``.
+        ``partial(min_max, bits=8, each="tensor")``.
     where
         from the name and the weight of a layer to a bool.
     forward
