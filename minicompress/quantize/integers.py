@@ -256,7 +256,7 @@ class IntegerNet:
         whether inputs become (N, channels, height, width) first.
     """
 
-    steps: tuple[Product | MaxPool | SumPositions | Flatten, ...]
+    steps: tuple
     scale_in: float
     zero_in: int
     scale_out: float
