@@ -140,6 +140,7 @@ def test_metadata_is_minimal(chapter):
 
 
 def test_has_one_title(chapter):
+    assert chapter.cells[0].kind == "markdown"
     assert chapter.cells[0].headings[0].startswith("# ")
     assert sum(line.startswith("# ") for line in chapter.headings) == 1
 
