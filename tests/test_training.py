@@ -458,7 +458,7 @@ class TestInputs:
         for f in (quantize.ste, quantize.ste_code):
             with pytest.raises(ValueError, match="bits must be 2 to 16, got 1"):
                 f(w, bits=1)
-            with pytest.raises(ValueError, match=r"w \(4, 6\), got 'column'"):
+            with pytest.raises(ValueError, match=r"W \(4, 6\), got 'column'"):
                 f(w, bits=4, each="column")
         with pytest.raises(ValueError, match="bits must be 2 to 16, got 1"):
             quantize.lsq(w, s, bits=1)

@@ -150,6 +150,22 @@ def drop_icon_script(app, error):
         script.write_text("")
 
 
+def search_on_its_page(app, error):
+    """Load the index of the search on the search page only.
+
+    The theme names it on every page, for a search while one types, which is
+    off.  It grows with the book.
+    """
+    scripts = r' *<script src="[^"]*(searchtools|language_data|searchindex)'
+    scripts += r'\.js[^"]*"></script>\n'
+    for page in Path(app.outdir).rglob("*.html") if error is None else ():
+        if page.name != "search.html" and "_static" not in page.parts:
+            text = page.read_text(encoding="utf8")
+            less = re.sub(scripts, "", text)
+            if less != text:
+                page.write_text(less, encoding="utf8")
+
+
 def always_read_claims(app, env, added, changed, removed):
     """Collect the claims at each build: the notebooks may have changed."""
     return [CLAIMS_PAGE] if CLAIMS_PAGE in env.found_docs else []
@@ -159,6 +175,7 @@ def setup(app):
     app.connect("config-inited", serve_locally, priority=100)
     app.connect("source-read", insert_claims)
     app.connect("build-finished", drop_icon_script)
+    app.connect("build-finished", search_on_its_page)
     app.connect("env-get-outdated", always_read_claims)
     # after Sphinx and sphinx_multitoc_numbering have counted
     app.connect("env-get-updated", number_as_named, priority=900)

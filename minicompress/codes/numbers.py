@@ -87,8 +87,12 @@ class Affine(Code):
         return broadcast("Affine", self.q, self.scale, self.zero)
 
     def decode(self):
-        parts = value(self.q), real(self.scale), real(self.zero)
-        return by_rows(lambda q, scale, zero: scale * (real(q) - zero), *parts)
+        return by_rows(
+            lambda q, scale, zero: scale * (real(q) - zero),
+            self.q,
+            self.scale,
+            self.zero,
+        )
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -144,7 +148,7 @@ class Scaled(Code):
         return broadcast("Scaled", self.x, self.by)
 
     def decode(self):
-        return by_rows(torch.mul, real(self.x), real(self.by))
+        return by_rows(lambda x, by: real(x) * by, self.x, self.by)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -180,13 +184,13 @@ class Rotated(Code):
         return hadamard(real(self.x)) * torch.where(signs > 0, 1.0, -1.0)
 
 
-def by_rows(f: Callable[..., Tensor], *xs: Tensor | float) -> Tensor:
-    """Compute f(*xs), elementwise, on as many rows at a time as fit the cache.
+def by_rows(f: Callable[..., Tensor], *xs: Tensor | Code | float) -> Tensor:
+    """Compute f of decoded xs, elementwise, on rows that fit the cache.
 
     Every pass over a large tensor is a trip to the memory; f may need
     several.
     """
-    xs = [x if isinstance(x, Tensor) else torch.tensor(x) for x in xs]
+    xs = [torch.as_tensor(value(x)) for x in xs]
     full = torch.broadcast_shapes(*(x.shape for x in xs))
     rows = full[0] if full else 1
     step = max(1, CHUNK * rows // max(1, math.prod(full)))

@@ -269,7 +269,7 @@ def on_lines(
         if not (low.isfinite() & high.isfinite()).all():
             raise ValueError(f"W {tuple(W.shape)} must be finite")
         scale, zero = fit(x, low, high)
-        scale = _step(scale.to(W.dtype))
+        scale = a_step(scale.to(W.dtype))
         out.copy_(to_codes(x, scale.to(work), zero, top))
         grids.append((scale, zero))
     scale, zero = zip(*grids, strict=True)
@@ -290,9 +290,9 @@ def span(
     """Lay the grid of `min_max` over a range: its scale and its zero."""
     if symmetric:
         middle = 2 ** (bits - 1) - 1
-        return _step(torch.maximum(-low, high) / middle), middle
+        return a_step(torch.maximum(-low, high) / middle), middle
     low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _step((high - low) / (2**bits - 1))
+    scale = a_step((high - low) / (2**bits - 1))
     return scale, torch.round(-low / scale).clamp(0, 2**bits - 1)
 
 
@@ -335,6 +335,6 @@ def in_lines(
     )
 
 
-def _step(scale: Tensor) -> Tensor:
+def a_step(size: Tensor) -> Tensor:
     """Use 1 where all weights are 0: any step does."""
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(size > 0, size, torch.ones_like(size))

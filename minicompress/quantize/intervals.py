@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .. import codes
-from .training import a_step, check_bits, straight
+from .grids import a_step
+from .training import check_bits, straight
 
 
 def dorefa_weights(w: Tensor, *, bits: int) -> Tensor:

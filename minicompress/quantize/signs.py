@@ -7,7 +7,7 @@ weights that are α T already, with α in float32 or less, is α bit for bit.
 import torch
 from torch import Tensor
 
-from .. import codes
+from .grids import in_lines
 
 Count = Tensor | int  # weights that share an α, padding aside
 
@@ -24,20 +24,11 @@ def checked(W: Tensor) -> Tensor:
 
 def shared(W: Tensor, each: str | int) -> tuple[Tensor, Count]:
     """Lay out what shares an α as rows, in float64, and count the weights."""
-    if each == "tensor":
-        rows = W.reshape(1, -1)
-    elif each == "row":
-        rows = W.reshape(len(W) if W.ndim > 1 else 1, -1)
-    elif type(each) is int and each >= 1 and W.ndim:
-        rows = codes.groups(W, each).reshape(-1, each)
-        real = codes.groups(torch.ones_like(W), each).reshape(-1, each)
-        return rows.double(), real.double().sum(1, keepdim=True)
-    else:
-        raise ValueError(
-            f'each must be "tensor", "row" or a number of weights, for W '
-            f"{tuple(W.shape)}, got {each!r}"
-        )
-    return rows.double(), rows.shape[1]
+    rows = in_lines(W, each)[0].double()
+    if type(each) is int:  # the last group of a row may be padded
+        real = in_lines(torch.ones_like(W), each)[0].double()
+        return rows, real.sum(1, keepdim=True)
+    return rows, rows.shape[1]
 
 
 def by_sign(rows: Tensor, n: Count) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codes, through
+from .grids import a_step, in_lines
 
 
 def ste(w: Tensor, *, bits: int, each: str | int = "row") -> Tensor:
@@ -169,8 +170,8 @@ def lsq_scale(
     _, high = _limits(bits, signed)
     if each not in ("tensor", "row"):
         raise ValueError(f'each must be "tensor" or "row", got {each!r}')
-    v, axes = _shared(v.detach(), each)
-    mean = v.abs().mean(axes, keepdim=each == "row")
+    lines, _, shared = in_lines(v.detach(), each)
+    mean = lines.abs().mean(1).reshape(shared if each == "row" else ())
     return a_step(2 * mean / math.sqrt(high))
 
 
@@ -291,10 +292,10 @@ def straight(w: Tensor, wq: Tensor) -> Tensor:
 def _rounded(w: Tensor, bits: int, each: str | int) -> tuple[Tensor, Tensor]:
     """Return whole numbers around 0 and the steps, groups laid out."""
     check_bits(bits, 2)
-    rows, axes = _shared(w, each)
-    largest = rows.abs().amax(axes, keepdim=True)
+    lines, shape, shared = in_lines(w, each)
+    largest = lines.abs().amax(1, keepdim=True)
     scale = a_step(largest / (2 ** (bits - 1) - 1))
-    return torch.round(rows / scale), scale
+    return torch.round(lines / scale).reshape(shape), scale.reshape(shared)
 
 
 def _limits(bits: int, signed: bool) -> tuple[int, int]:
@@ -307,22 +308,3 @@ def _limits(bits: int, signed: bool) -> tuple[int, int]:
 def check_bits(bits: int, least: int) -> None:
     if not least <= bits <= 16:
         raise ValueError(f"bits must be {least} to 16, got {bits}")
-
-
-def a_step(size: Tensor) -> Tensor:
-    """Use 1 where all weights are 0: any step does."""
-    return torch.where(size > 0, size, torch.ones_like(size))
-
-
-def _shared(w: Tensor, each: str | int) -> tuple[Tensor, tuple[int, ...]]:
-    """Lay w out so that what shares a step varies along the given axes."""
-    if each == "tensor":
-        return w, tuple(range(w.ndim))
-    if each == "row" and w.ndim:
-        return w, tuple(range(1, w.ndim)) or (0,)
-    if type(each) is int and each >= 1 and w.ndim:
-        return codes.groups(w, each), (-1,)
-    raise ValueError(
-        f'each must be "tensor", "row" or a number of weights, for w '
-        f"{tuple(w.shape)}, got {each!r}"
-    )
