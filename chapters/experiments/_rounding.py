@@ -170,20 +170,31 @@ def lsq_inputs(x, scale, *, bits):
     return quantize.lsq(x, scale, bits=bits, signed=False, count=one)
 
 
-def on_activations(tuned, model, names, bits, batches):
+# f, its tensor, and where that starts for a sample of inputs
+INPUTS = {
+    "LSQ": (
+        lsq_inputs,
+        "scale",
+        lambda x, bits: quantize.lsq_scale(x, bits=bits, signed=False),
+    ),
+    "PACT": (quantize.pact, "alpha", lambda x, bits: x.max()),
+}
+
+
+def on_activations(tuned, model, names, inputs, batches):
     """Round the inputs of the layers too; none of them is negative here."""
 
     def where(name, w):
         return name in names
 
+    kind, bits = inputs if isinstance(inputs, tuple) else ("LSQ", inputs)
+    f, key, start = INPUTS[kind]
     stats = calibrate.inputs(model, batches, where=where)
-    steps = {
-        n: quantize.lsq_scale(s.sample, bits=bits, signed=False)
-        for n, s in stats.items()
+    own = {
+        n: torch.nn.Parameter(start(s.sample, bits)) for n, s in stats.items()
     }
-    scale = {n: torch.nn.Parameter(s) for n, s in steps.items()}
-    f = partial(lsq_inputs, bits=bits)
-    return quantize.on_inputs(tuned, f, where=where, scale=scale)
+    f = partial(f, bits=bits)
+    return quantize.on_inputs(tuned, f, where=where, **{key: own})
 
 
 def finished(tuned, method, bits):
@@ -229,7 +240,8 @@ def table(
     after        {method: bits} in place of all
     tune         (nets, lr) -> nets, the training with the rounding in place
     start        learning rate from which the search goes
-    trained      {method: (bits, bits of the activations)}, likewise
+    trained      {method: (bits, bits of the activations)}, likewise; the
+                 latter may be ("PACT", bits), LSQ is used otherwise
     """
     store = Store(script)
     names = [n for n in calibrate.layers(nets[0]) if n not in leave]
@@ -299,8 +311,10 @@ def table(
     for (when, method, bits, inputs), job in tqdm(jobs.items()):
         key = f"{when}/{method}/{bits}/{inputs}"
         keys = {"when": when, "method": method, "bits": bits}
-        keys |= {"activations": inputs} if inputs else {}
-        kind = method, inputs is None
+        if inputs:
+            by, width = inputs if isinstance(inputs, tuple) else ("LSQ", inputs)
+            keys |= {"activations": width, "inputs by": by}
+        kind = method, type(inputs)
         if when == "while" and bits > 4 and kind in rates:
             job = partial(job, lr=rates[kind])  # the one of 4 bits will do
         rows.append(keys | store.get(key, job))

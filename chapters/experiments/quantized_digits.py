@@ -40,6 +40,7 @@ def main():
     trained = {m: [(b, None) for b in how.bits] for m, how in WHILE.items()}
     for method in BOTH:
         trained[method] += [(b, b) for b in (2, 3, 4, 8)]
+    trained["LSQ, row"] += [(b, ("PACT", b)) for b in (2, 3, 4)]
     found = table(
         __file__,
         nets,
