@@ -266,3 +266,10 @@ def test_recurrent_layers_are_refused():
     model = nn.Sequential(nn.LSTM(3, 4))
     with pytest.raises(ValueError, match=r"0\.weight_ih_l0"):
         through.attach(model, "0.weight_ih_l0", torch.round)
+
+
+def test_straight_through_is_exact():
+    w = torch.randn(10_000, generator=torch.Generator().manual_seed(0))
+    wq = 0.1 * torch.round(w / 0.1)
+    assert torch.equal(through.straight(w, wq), wq)
+    assert not torch.equal(w + (wq - w), wq)  # the usual form is not

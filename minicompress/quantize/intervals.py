@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import codes
+from ..through import straight
 from .grids import a_step
-from .training import check_bits, straight
+from .training import check_bits
 
 
 def dorefa_weights(w: Tensor, *, bits: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import codes, through
+from ..through import straight
 from .grids import a_step, in_lines
 
 
@@ -282,11 +283,6 @@ class LossScale:
         if self.good + 1 == self.every:
             return LossScale(self.value * 2, 0, self.every)
         return LossScale(self.value, self.good + 1, self.every)
-
-
-def straight(w: Tensor, wq: Tensor) -> Tensor:
-    """As `through.straight`, but exactly wq: w + (wq - w) would round."""
-    return wq.detach() + (w - w.detach())
 
 
 def _rounded(w: Tensor, bits: int, each: str | int) -> tuple[Tensor, Tensor]:
