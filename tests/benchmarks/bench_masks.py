@@ -14,7 +14,7 @@ from torch.nn.utils import prune as theirs
 from minicompress import measure
 from minicompress.prune import masks
 
-from .harness import Row, times
+from .harness import Row, time_row
 
 SPARSITY = 0.9
 
@@ -98,17 +98,3 @@ def group_rows(scores: torch.Tensor):
             0.5,
             runs=15,
         )
-
-
-def time_row(
-    what: str, ours, peer, name: str, most: float, *, runs: int = 5
-) -> Row:
-    a, b = times(ours, peer, runs=runs, warm_up=1)
-    return Row(
-        what,
-        f"{a:.3f} s",
-        f"{b:.3f} s",
-        a / b,
-        f"<= {most:g}x {name}",
-        a <= most * b,
-    )

@@ -15,7 +15,7 @@ from torch import nn
 
 from minicompress import obs, quantize, storage
 
-from .harness import Missing, Row, peer, skipped, times
+from .harness import Missing, Row, peer, skipped, time_row
 
 N = 4096
 GROUP = 128
@@ -229,18 +229,4 @@ def file_row(W: torch.Tensor) -> Row:
         ours / plain,
         "<= 0.135x fp32",
         ours <= 0.135 * plain,
-    )
-
-
-def time_row(
-    what: str, ours, peer, name: str, most: float, *, runs: int = 5, warm_up=1
-) -> Row:
-    a, b = times(ours, peer, runs=runs, warm_up=int(warm_up))
-    return Row(
-        what,
-        f"{a:.3f} s",
-        f"{b:.3f} s",
-        a / b,
-        f"<= {most:g}x {name}",
-        a <= most * b,
     )

@@ -163,3 +163,37 @@ def speed_row(
         f">= {least:g}x {name}",
         theirs / ours >= least,
     )
+
+
+def time_row(
+    what: str,
+    f: Callable[[], object],
+    g: Callable[[], object],
+    name: str,
+    most: float,
+    **kwargs,
+) -> Row:
+    """Compare times of one call: by `f` (ours) and by `g` (the peer `name`).
+
+    Parameters
+    ----------
+    what : str
+    f, g : callables without arguments
+    name : str
+        The peer, for the column of the goal.
+    most : float
+        Goal: our time is at most this multiple of the peer's.
+
+    Returns
+    -------
+    Row
+    """
+    ours, theirs = times(f, g, **{"runs": 5, "warm_up": 1, **kwargs})
+    return Row(
+        what,
+        f"{ours:.3f} s",
+        f"{theirs:.3f} s",
+        ours / theirs,
+        f"<= {most:g}x {name}",
+        ours <= most * theirs,
+    )
