@@ -507,7 +507,8 @@ class TestCorrected:
         assert code.b.u.dtype == code.b.v.dtype == dtype
         assert torch.equal(W, kept)
         W = nn.Parameter(W)
-        assert not lowrank.corrected(W, THREE, rank=2).decode().requires_grad
+        for rule in (THREE, torch.round):
+            assert not lowrank.corrected(W, rule, rank=2).decode().requires_grad
 
     def test_errors(self):
         W = drawn(16, 12)

@@ -242,6 +242,14 @@ class TestKmeans:
         assert len(code.index.values.unique()) == min(K, len(w.unique()))
         assert code.centroids.isfinite().all()
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_zeros_that_are_alone_stay_zero(self, dtype):
+        w = drawn(1000, dtype=dtype)
+        w[w.abs() < 1.0] = 0
+        for f in (share.kmeans, share.optimal):
+            code = f(w + 0, bits=4)
+            assert torch.equal(code.decode() == 0, w == 0)
+
     def test_an_empty_cluster_goes_where_it_helps(self):
         w = torch.tensor([0.0, 1.0, 2.0, 3.0, 100.0], dtype=torch.float64)
         code = share.kmeans(w, bits=2, start="linear")

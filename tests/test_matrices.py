@@ -423,6 +423,15 @@ class TestAll:
             with pytest.raises(ValueError, match=r"W \(7, 5\) must be finite"):
                 f(W, 1)
 
+    @pytest.mark.parametrize("name", METHODS)
+    @pytest.mark.parametrize("shape", [(80, 30), (30, 80), (40, 40)])
+    def test_float32_agrees_with_float64(self, name, shape):
+        """A flat spectrum, for which float32 products will do."""
+        W = normal(*shape)
+        rough, exact = METHODS[name](W.float(), 5), METHODS[name](W, 5)
+        D = rough.decode() - exact.decode()
+        assert D.norm() < 1e-4 * exact.decode().norm()
+
     def test_errors_of_the_statistics(self):
         W = normal(7, 5)
         for f in (lowrank.drone, lowrank.features):

@@ -153,6 +153,31 @@ class TestProduct:
         assert torch.equal(index.unique(), torch.arange(64))
         assert len(C.unique(dim=0)) == 64
 
+    def test_a_start_far_away_is_repaired(self, monkeypatch):
+        """All vectors are nearest to one of the 16 that are drawn."""
+
+        def far(V, G, count, dice):
+            C = torch.full((count, V.shape[2]), 100.0, dtype=V.dtype)
+            C[3] = 0
+            return C
+
+        monkeypatch.setattr(products, "spread", far)
+        W = drawn(0, 50, 8)
+        code = share.product(W, length=2, bits=4, rounds=100)
+        assert torch.equal(parts(code)[0].unique(), torch.arange(16))
+        monkeypatch.undo()
+        good = share.product(W, length=2, bits=4, rounds=100)
+        assert squared(W, code) < 1.5 * squared(W, good)
+
+    def test_assigns_by_the_distance_it_returns(self):
+        V, C = drawn(0, 9, 3, 2), drawn(1, 5, 2)
+        G = torch.stack([moments(s, 2) for s in range(3)])
+        index, error = products.assign(V, G, C)
+        D = V[:, :, None] - C  # (n, s, K, d)
+        want = torch.einsum("nskd,sde,nske->nsk", D, G, D).min(-1)
+        assert torch.equal(index, want.indices)
+        torch.testing.assert_close(error, want.values)
+
     def test_an_empty_cluster_gets_the_worst_vector(self):
         index = torch.tensor([[0, 0], [3, 3]])
         error = torch.tensor([[1.0, 4.0], [2.0, 3.0]])

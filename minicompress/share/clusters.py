@@ -95,7 +95,7 @@ def kmeans(
     c = STARTS[start](data, K, seed)
     ends = None
     for _ in range(steps):
-        before, ends = ends, _without_empty(data, _nearest(data, c), K)
+        before, ends = ends, _without_empty(data, _nearest(data, c))
         if before is not None and torch.equal(before, ends):
             break
         c = data.means(ends)
@@ -172,7 +172,9 @@ class Data:
 
     def means(self, ends: Tensor) -> Tensor:
         """Return the mean of each cluster, from borders (K + 1,)."""
-        return self.S1[ends].diff() / self.S0[ends].diff() + self.center
+        mean = self.S1[ends].diff() / self.S0[ends].diff() + self.center
+        # of one number it is that number, in the last digit too: 0 stays 0
+        return mean.maximum(self.x[ends[:-1]]).minimum(self.x[ends[1:] - 1])
 
 
 def best_intervals(S0: Tensor, S1: Tensor, K: int) -> Tensor:
@@ -237,7 +239,7 @@ def _histogram(data: Data, K: int, seed: int) -> Tensor:
     gap between neighbors is 1 / density, so gap^(2/3) is summed up; the
     number of weights beside it, in case one outlier takes all of that.
     """
-    n, bins = len(data.x), max(BINS, 8 * K)
+    n, bins = len(data.x), max(BINS, 16 * K)
     ends = torch.arange(n + 1)
     if n > bins:
         mass = data.S0[2:] - data.S0[:-2]  # of two neighbors
@@ -276,19 +278,21 @@ STARTS = {
 
 def _nearest(data: Data, c: Tensor) -> Tensor:
     """Return the borders (K + 1,) between what is nearest to each c."""
-    inner = torch.searchsorted(data.x, (c[1:] + c[:-1]) / 2)
-    return torch.nn.functional.pad(
-        torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=len(data.x)
-    )
+    ends = torch.full((len(c) + 1,), len(data.x))
+    ends[0] = 0
+    ends[1:-1] = torch.searchsorted(data.x, (c[1:] + c[:-1]) / 2)
+    return ends
 
 
-def _without_empty(data: Data, ends: Tensor, K: int) -> Tensor:
+def _without_empty(data: Data, ends: Tensor) -> Tensor:
     """Move the border of an empty cluster to where it explains most.
 
     That is the middle of another cluster: its mean splits it in two.
     """
-    ends = ends.unique()
-    while len(ends) <= K:
+    if ends.diff().all():
+        return ends
+    size, ends = len(ends), ends.unique()
+    while len(ends) < size:
         first, last = ends[:-1], ends[1:]
         cut = torch.searchsorted(data.x, data.means(ends), right=True)
         cut = cut.maximum(first + 1).minimum(last - 1)

@@ -137,8 +137,8 @@ def hashed_layers(
     Each weight gets a hash of its own: with one hash for all, weights in the
     same place of two layers would be tied.  The values start as a random
     choice of the layer's own weights, and so with the variance with which
-    the layer was initialized; means over buckets would be smaller by
-    sqrt(ratio), in every layer, and the signal would fade.
+    the layer was initialized; means over buckets would be smaller, by a
+    factor of sqrt(ratio).
 
     Parameters
     ----------
