@@ -84,11 +84,12 @@ class TestProduct:
         ]
         assert np.mean(ours) < 1.01 * np.mean(peer)
 
-    def test_length_1_is_scalar_clustering(self):
+    @pytest.mark.parametrize("seed", range(6))
+    def test_length_1_is_scalar_clustering(self, seed):
         """Eight heaps that no start by k-means++ can confuse."""
         heaps = torch.arange(8.0).double() * 10
         W = heaps.repeat(12).view(8, 12) + 0.1 * drawn(0, 8, 12)
-        code = share.product(W, length=1, bits=3)
+        code = share.product(W, length=1, bits=3, seed=seed)
         means = W.reshape(-1, 8).mean(0)  # of the columns i mod 8
         torch.testing.assert_close(parts(code)[1].sort(0).values[:, 0], means)
         scalar = share.kmeans(W, bits=3)
@@ -152,6 +153,14 @@ class TestProduct:
         index, C = parts(share.product(W, length=2, bits=6))
         assert torch.equal(index.unique(), torch.arange(64))
         assert len(C.unique(dim=0)) == 64
+
+    def test_a_cluster_that_stays_empty_keeps_its_centroid(self):
+        V, C = drawn(0, 4, 1, 2), drawn(1, 3, 2)
+        index = torch.tensor([[0], [2], [2], [0]])
+        G = torch.eye(2, dtype=V.dtype)[None]
+        new = products.centers(V, G, index, C)
+        want = torch.stack([V[[0, 3], 0].mean(0), C[1], V[[1, 2], 0].mean(0)])
+        torch.testing.assert_close(new, want)
 
     def test_a_start_far_away_is_repaired(self, monkeypatch):
         """All vectors are nearest to one of the 16 that are drawn."""
@@ -420,6 +429,14 @@ class TestMoments:
         assert loss(W, again, H) == pytest.approx(loss(W, code, H))
         whole = share.product(W, length=4, bits=3, H=H, damp=0)
         assert whole.decode().isfinite().all()
+
+    def test_weights_that_no_input_meets_make_no_vectors_different(self):
+        W = drawn(0, 30, 2)
+        W[:, 0] = W[:4, 0].repeat(8)[:30]
+        H = torch.diag(torch.tensor([1.0, 0]).double())
+        code = share.product(W, length=2, bits=3, H=H, damp=0)
+        assert len(parts(code)[1]) == 4
+        assert torch.equal(code.decode()[:, 0], W[:, 0])
 
     def test_a_singular_block_is_named(self):
         H = torch.ones(4, 4).double()

@@ -304,6 +304,20 @@ class TestChooseRanks:
         assert lowrank.choose_ranks(table, budget=1.9) == {"a": 3}
         assert lowrank.choose_ranks(table, budget=2) == {"a": 2}
 
+    @pytest.mark.parametrize("unit", [1e-9, 1e9])
+    def test_the_unit_of_cost_does_not_matter(self, unit):
+        shapes = {"a": (16, 30), "b": (30, 16)}
+        spectra = {n: falling(16, i) for i, n in enumerate(shapes)}
+
+        def choose(unit):
+            def cost(name, rank):
+                return unit * (480 if rank is None else 46 * rank)
+
+            table = lowrank.rank_table(spectra, shapes, cost=cost)
+            return lowrank.choose_ranks(table, budget=unit * 500.5)
+
+        assert choose(unit) == choose(1)
+
     def test_is_monotone_and_changes_nothing(self):
         shapes = {"a": (16, 30), "b": (30, 16)}
         spectra = {n: falling(16, i) for i, n in enumerate(shapes)}

@@ -8,10 +8,10 @@ layers shared.  Beside them stand two networks that store as many numbers as
 the shared one: a single block of the same width, and 4 narrow blocks.  Some
 of them also train for fewer steps, and trained networks are tied afterwards.
 A second part has a vocabulary of pairs and words, whose table is full or
-factorized and starts with one of three standard deviations.  The learning
-rate of every contestant is chosen on the validation text by the first seed.
-Seconds are those of the processor.  Ctrl-C is harmless: the same command goes
-on from where it stopped.
+factorized and starts with a standard deviation of 0.1, and the two largest
+also with others.  The learning rate of every contestant is chosen on the
+validation text by the first seed.  Seconds are those of the processor.
+Ctrl-C is harmless: the same command goes on from where it stopped.
 """
 
 import time
@@ -129,7 +129,7 @@ def trained(bench, name, seed, lr):
 
 
 def rounded_bits(bench, model, bits):
-    """Round the matrices row by row; measure the network and its file."""
+    """Round the matrices row by row; measure what the file gives back."""
     state = codes.encode(model, partial(rows, bits=bits))
     small = storage.loads(storage.dumps(model, state))
     return round(zoo.quality(small, bench.task), 4)
