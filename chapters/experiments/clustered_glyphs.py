@@ -1,8 +1,8 @@
 """Shared values for the weights of the CNN for glyphs of the zoo.
 
 There is one trained network; the three seeds draw the random start, and the
-images of the training of the centroids, half an epoch.  Norms are not clustered,
-but are trained along.
+images of the training of the centroids, half an epoch.  Norms are trained
+along, but not clustered.
 """
 
 from functools import partial
