@@ -92,7 +92,8 @@ def inputs(
 
     Returns
     -------
-    {name of the weight: Stats}.
+    {name of the weight: Stats}; of a weight that several layers share, the
+    inputs of all of them.
 
     Warns
     -----
@@ -111,16 +112,17 @@ def inputs(
             [ 7., 10.]], dtype=torch.float64)
     """
     chosen = layers(model, where=where)
-    records = {id(layer): _Record(rows) for layer in chosen.values()}
-    _run(model, batches, forward, {m: records[id(m)] for m in chosen.values()})
-    silent = [n for n, m in chosen.items() if not records[id(m)].count]
+    records = {_own(m): _Record(rows) for m in chosen.values()}
+    users = [m for m in layers(model).values() if _own(m) in records]
+    _run(model, batches, forward, {m: records[_own(m)] for m in users})
+    silent = [n for n, m in chosen.items() if not records[_own(m)].count]
     if silent:
         warnings.warn(
             f"never called, so without statistics: {', '.join(silent)}",
             stacklevel=2,
         )
     stats = {k: r.stats() for k, r in records.items() if r.count}
-    return {n: stats[id(m)] for n, m in chosen.items() if id(m) in stats}
+    return {n: stats[_own(m)] for n, m in chosen.items() if _own(m) in stats}
 
 
 def sequential(
@@ -136,7 +138,8 @@ def sequential(
 
     The statistics of a layer come from a model whose earlier layers are
     already compressed, and only one layer's statistics exist at a time.
-    The price is one pass over the batches for each layer.
+    The price is one pass over the batches for each layer.  A weight that
+    several layers share is compressed once, on the inputs of all of them.
 
     Parameters
     ----------
@@ -175,7 +178,8 @@ def sequential(
         if parametrize.is_parametrized(layer):
             raise ValueError(f"{name}: is parametrized, bake the model first")
         record = _Record(rows)
-        _run(model, batches, forward, {layer: record})
+        users = [m for m in layers(model).values() if _own(m) == _own(layer)]
+        _run(model, batches, forward, dict.fromkeys(users, record))
         new = compress(name, layer, record.stats())
         new = new if isinstance(new, Tensor) else new.decode()
         if new.shape != layer.weight.shape:
@@ -315,16 +319,21 @@ def _called(
     model: nn.Module, batches: list, forward: Forward | None, where: Where
 ) -> list[tuple[str, nn.Module]]:
     """List the chosen layers, once each, in the order of their first call."""
-    order = []
+    order = []  # of weights: layers that share one count as one
 
     def note(layer, args, kwargs):
-        if layer not in order:
-            order.append(layer)
+        if _own(layer) not in order:
+            order.append(_own(layer))
 
     chosen = layers(model, where=where)
     _run(model, batches[:1], forward, dict.fromkeys(chosen.values(), note))
-    names = {m: n for n, m in reversed(chosen.items())}  # the first name
-    silent = [n for m, n in names.items() if m not in order]
+    first = {_own(m): (n, m) for n, m in reversed(chosen.items())}
+    silent = [n for w, (n, _) in first.items() if w not in order]
     if silent:
         warnings.warn(f"never called: {', '.join(silent)}", stacklevel=3)
-    return [(names[m], m) for m in order]
+    return [first[w] for w in order]
+
+
+def _own(layer: nn.Module) -> int:
+    """Identify the weight of a layer, which other layers may share."""
+    return id(layer._parameters.get("weight", layer))

@@ -164,6 +164,45 @@ def test_a_layer_that_occurs_twice_is_recorded_under_both_names():
     )
 
 
+class Shared(nn.Module):
+    """Two layers with one weight and biases of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x).tanh())
+
+
+@pytest.mark.parametrize("only", ["", "a", "b"])
+def test_layers_that_share_a_weight_are_recorded_together(only):
+    model, x = Shared(), torch.randn(4, 5)
+    stats = calibrate.inputs(
+        model, [x], where=lambda name, w: name.startswith(only)
+    )
+    assert list(stats) == [f"{n}.weight" for n in only or "ab"]
+    X = torch.cat([x, model.a(x).tanh()]).detach().double()
+    for s in stats.values():
+        assert s.count == 8
+        torch.testing.assert_close(s.gram, X.T @ X, rtol=1e-5, atol=1e-5)
+
+
+def test_sequential_compresses_a_shared_weight_once():
+    model, x = Shared(), torch.randn(4, 5)
+    seen = []
+
+    def half(name, layer, stats):
+        seen.append((name, stats.count))
+        return layer.weight / 2
+
+    new = calibrate.sequential(model, [x], half)
+    assert seen == [("a.weight", 8)]
+    assert torch.equal(new.a.weight, model.a.weight / 2)
+    assert new.a.weight is new.b.weight
+
+
 def test_where_forward_and_tuples():
     class Two(nn.Module):
         def __init__(self):

@@ -418,6 +418,19 @@ def test_many_take_a_loss_that_looks_at_a_teacher():
         close(model, train.fit(start, feed, loss))
 
 
+def test_frozen_weights_of_many_stay():
+    X, y = blobs()
+    starts = [network(seed) for seed in range(3)]
+    for start in starts:
+        next(start.parameters()).requires_grad_(False)
+    feeds = [train.batches(X, y, seed=seed) for seed in range(3)]
+    many = train.fit_many(starts, feeds, lr=0.01)
+    for start, model in zip(starts, many, strict=True):
+        frozen, *rest = zip(start.parameters(), model.parameters(), strict=True)
+        assert torch.equal(*frozen)
+        assert not any(torch.equal(*pair) for pair in rest)
+
+
 def test_many_networks_do_not_see_each_other():
     X, y = blobs()
     feeds = [train.batches(X, y, seed=seed) for seed in range(3)]

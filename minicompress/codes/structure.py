@@ -126,7 +126,7 @@ class Hashed(Code):
         # in parts: the hash needs a dozen times the memory of the weights
         for start in range(0, len(w), 1 << 16):
             part = w[start : start + (1 << 16)]
-            places = torch.arange(start, start + len(part))
+            places = torch.arange(start, start + len(part), device=w.device)
             index, sign = buckets(self.seed, places, len(values))
             part.copy_(values[index] * sign)
         return w.reshape(self.shape)

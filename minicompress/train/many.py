@@ -20,7 +20,11 @@ class Stack(nn.Module):
         super().__init__()
         weights, buffers = stack_module_state(list(models))
         self.names = [list(weights), list(buffers)]
-        self.weights = nn.ParameterList(weights.values())  # (models, ...)
+        own = dict(models[0].named_parameters())
+        self.weights = nn.ParameterList(  # (models, ...)
+            nn.Parameter(w.detach(), own[name].requires_grad)
+            for name, w in weights.items()
+        )
         self.running = nn.ParameterList(
             nn.Parameter(b, requires_grad=False) for b in buffers.values()
         )
@@ -77,7 +81,8 @@ def fit_many(
     Parameters
     ----------
     models : sequence of nn.Module
-        Alike but for their weights.
+        Alike but for their weights. What has `requires_grad=False` in the
+        first does not change.
     batches : sequence of iterables
         One for each model; batches are tuples of tensors, the i-th ones of
         all models of the same shapes.
