@@ -52,8 +52,10 @@ def mixture_penalty(
 
     Parameters
     ----------
-    w, means, log_variances, logits
-        as in `log_terms`.
+    w
+        weights, any shape.
+    means, log_variances, logits
+        (K,): μ_k, log σ_k² and what makes π_k = softmax(logits)_k.
 
     Returns
     -------
@@ -87,7 +89,7 @@ def responsibilities(
     Parameters
     ----------
     w, means, log_variances, logits
-        as in `log_terms`.
+        as in `mixture_penalty`.
 
     Returns
     -------
@@ -230,7 +232,7 @@ def collapse(
     Parameters
     ----------
     w, means, log_variances, logits
-        as in `log_terms`; at most 256 components.
+        as in `mixture_penalty`; at most 256 components.
 
     Returns
     -------
