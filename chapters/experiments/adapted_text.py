@@ -40,7 +40,7 @@ RANKS, RANK, ROUNDS = (4, 8, 16), 8, 5
 SEEN = 4  # batches
 STEPS, RATES, FULL_RATES = 100, (1e-3, 3e-3), (3e-5, 3e-4)
 NEW_STEPS, NEW_RANKS, NEW_RANK = 100, (1, 4, 16), 4
-NEW_RATES, NEW_FULL_RATES = (3e-3, 1e-2), (1e-3, 3e-3)
+NEW_RATES, NEW_FULL_RATES = (3e-3, 1e-2, 3e-2), (1e-3, 3e-3, 1e-2)
 
 
 def nearest(W, bits, H):
@@ -298,37 +298,32 @@ def after(bench, store):
 
 def another(bench, store):
     """Learn the other text."""
-    rates = {
-        name: choose(
-            store,
-            f"new/lr/{name}",
-            lrs,
-            lambda lr, rank=rank: bench.moved(rank, None, lr, 0, "val")["bits"],
-        )
-        for name, rank, lrs in (
-            ("adapter", NEW_RANK, NEW_RATES),
-            ("full", None, NEW_FULL_RATES),
-        )
-    }
     plans = [(r, None) for r in (None, *NEW_RANKS)] + [(NEW_RANK, 4)]
     rows = []
     for rank, bits in tqdm(plans, desc="another text"):
-        lr = rates["adapter" if rank else "full"]
+        key = f"{rank}/{bits}"
+
+        def moved(lr, seed, split="test", plan=(rank, bits)):
+            return bench.moved(*plan, lr, seed, split)
+
+        lr = choose(
+            store,
+            f"new/lr/{key}",
+            NEW_RATES if rank else NEW_FULL_RATES,
+            lambda lr, moved=moved: moved(lr, 0, "val")["bits"],
+        )
         found = [
-            store.get(
-                f"new/{rank}/{bits}/{s}",
-                partial(bench.moved, rank, bits, lr, s),
-            )
+            store.get(f"new/{key}/{lr}/{s}", partial(moved, lr, s))
             for s in range(SEEDS)
         ]
         rows.append(
             {"rank": rank, "base bits": bits, "bytes": found[0]["bytes"]}
+            | {"lr": lr}
             | {k: [f[k] for f in found] for k in ("bits", "old")}
         )
     before = train.bits_per_char(bench.model, bench.new["test"])
     sizes = {part: len(ids) for part, ids in bench.new.items()}
     return {
-        "rates": rates,
         "characters": sizes,
         "before": round(before, 4),
         "rows": rows,
