@@ -46,10 +46,11 @@ def lora(
 
     Returns
     -------
-    A copy of the model for training.  Only A and B require gradients: set
-    ``requires_grad`` of biases or norms, if they are to learn as well.  (The
-    averages that batch norms keep move in training as always.)
-    ``through.bake`` gives the merged model, `adapter` the changes alone.
+    A copy of the model
+        For training.  Only A and B require gradients: set ``requires_grad`` of
+        biases or norms, if they are to learn as well.  (The averages that
+        batch norms keep move in training as always.) ``through.bake`` gives
+        the merged model, `adapter` the changes alone.
 
     Raises
     ------

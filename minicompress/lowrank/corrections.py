@@ -47,8 +47,9 @@ def corrected(
 
     Returns
     -------
-    Sum of the code Q and `Factors` u (out, r) and v (r, in), in the type of
-    W.  Its ``b`` is where `with_adapter` may start on the base Q.
+    Sum
+        Of the code Q and `Factors` u (out, r) and v (r, in), in the type of W.
+        Its ``b`` is where `with_adapter` may start on the base Q.
 
     Raises
     ------

@@ -47,8 +47,9 @@ def channels(
 
     Returns
     -------
-    nn.Sequential of two nn.Conv2d with r · (n + out) weights; stride,
-    padding and dilation are in the first, the bias is in the second.
+    nn.Sequential
+        Of two nn.Conv2d with r · (n + out) weights; stride, padding and
+        dilation are in the first, the bias is in the second.
 
     Raises
     ------
@@ -101,9 +102,10 @@ def spatial(conv: nn.Conv2d, *, rank: int) -> nn.Sequential:
 
     Returns
     -------
-    nn.Sequential of two nn.Conv2d, kh × 1 and 1 × kw, with
-    r · (in·kh + kw·out) weights; each has its side of stride, padding and
-    dilation, the second has the bias.
+    nn.Sequential
+        Of two nn.Conv2d, kh × 1 and 1 × kw, with r · (in·kh + kw·out) weights;
+        each has its side of stride, padding and dilation, the second has the
+        bias.
 
     Raises
     ------
@@ -147,8 +149,9 @@ def dense_kernel(layers: nn.Sequential) -> Tensor:
 
     Returns
     -------
-    (out, in, kh, kw), the weight of the one convolution that computes the
-    same, with the stride, padding and dilation of the layers together.
+    (out, in, kh, kw)
+        The weight of the one convolution that computes the same, with the
+        stride, padding and dilation of the layers together.
 
     Raises
     ------

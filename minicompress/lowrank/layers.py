@@ -26,10 +26,11 @@ def factorize(
 
     Returns
     -------
-    A copy in which nn.Linear(in, out) is an nn.Sequential of
-    nn.Linear(in, r) without a bias and nn.Linear(r, out) with that of the
-    layer.  A layer that occurs twice, or a weight that several linear layers
-    share, is replaced everywhere and stays shared.
+    A copy
+        In which nn.Linear(in, out) is an nn.Sequential of nn.Linear(in, r)
+        without a bias and nn.Linear(r, out) with that of the layer.  A layer
+        that occurs twice, or a weight that several linear layers share, is
+        replaced everywhere and stays shared.
 
     Raises
     ------

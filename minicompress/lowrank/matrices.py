@@ -42,8 +42,9 @@ def svd(W: Tensor, *, rank: int) -> codes.Factors:
 
     Returns
     -------
-    Factors : u = U sqrt(Σ) (out, rank) and v = sqrt(Σ) V^T (rank, in), in
-    the dtype of W.  Fewer numbers than W has only below `break_even`.
+    Factors
+        u = U sqrt(Σ) (out, rank) and v = sqrt(Σ) V^T (rank, in), in the dtype
+        of W.  Fewer numbers than W has only below `break_even`.
 
     References
     ----------
@@ -121,8 +122,9 @@ def fwsvd(W: Tensor, fisher: Tensor, *, rank: int) -> codes.Factors:
 
     Returns
     -------
-    Factors (out, rank) and (rank, in), in the dtype of W; they minimize
-    Σ_j I_j ||w_j - ŵ_j||² over the columns w_j of W.
+    Factors
+        (out, rank) and (rank, in), in the dtype of W; they minimize Σ_j I_j
+        ||w_j - ŵ_j||² over the columns w_j of W.
 
     References
     ----------

@@ -29,10 +29,11 @@ def tucker2(
 
     Returns
     -------
-    nn.Sequential of three nn.Conv2d: 1 × 1 from in to r_in, the window from
-    r_in to r_out, 1 × 1 from r_out to out, with r_in · in + r_out · r_in ·
-    kh · kw + out · r_out weights.  Stride, padding and dilation are in the
-    second, the bias is in the last.
+    nn.Sequential
+        Of three nn.Conv2d: 1 × 1 from in to r_in, the window from r_in to
+        r_out, 1 × 1 from r_out to out, with r_in · in + r_out · r_in · kh · kw
+        + out · r_out weights.  Stride, padding and dilation are in the second,
+        the bias is in the last.
 
     Raises
     ------
@@ -85,8 +86,9 @@ def tucker2_code(
 
     Returns
     -------
-    Factors with u = A (out, r_out), v = B^T (r_in, in) and the core
-    (r_out, r_in, kh, kw); decodes to a kernel in place of the old one.
+    Factors
+        With u = A (out, r_out), v = B^T (r_in, in) and the core (r_out, r_in,
+        kh, kw); decodes to a kernel in place of the old one.
 
     Raises
     ------
@@ -157,10 +159,11 @@ def cp(
 
     Returns
     -------
-    nn.Sequential of four nn.Conv2d: 1 × 1 from in to r channels, kh × 1 and
-    1 × kw within each channel, 1 × 1 to out, with r · (in + kh + kw + out)
-    weights.  The two in the middle have their sides of stride, padding and
-    dilation, the last has the bias.
+    nn.Sequential
+        Of four nn.Conv2d: 1 × 1 from in to r channels, kh × 1 and 1 × kw
+        within each channel, 1 × 1 to out, with r · (in + kh + kw + out)
+        weights.  The two in the middle have their sides of stride, padding and
+        dilation, the last has the bias.
 
     Raises
     ------
@@ -228,8 +231,9 @@ def cp_factors(
 
     Returns
     -------
-    A factor (n, rank) for each way of size n, in the type of K.  The
-    vectors of a product share its size evenly.
+    A factor (n, rank)
+        For each way of size n, in the type of K.  The vectors of a product
+        share its size evenly.
 
     Raises
     ------

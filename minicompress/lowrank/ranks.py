@@ -31,10 +31,10 @@ def spectrum(W: Tensor, H: Tensor | None = None) -> Tensor:
 
     Returns
     -------
-    (min(out, in),) float64, falling: of W, or with H of W S, S S^T = H.
-    The squares of those after the first r add up to what `svd`, or `drone`
-    without damping, loses with rank r.  Values below 1.5e-8 of the largest
-    are rounding.
+    (min(out, in),) float64
+        Falling: of W, or with H of W S, S S^T = H.  The squares of those
+        after the first r add up to what `svd`, or `drone` without damping,
+        loses with rank r.  Values below 1.5e-8 of the largest are rounding.
 
     Examples
     --------

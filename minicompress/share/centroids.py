@@ -30,8 +30,9 @@ def cluster(model: nn.Module, state: codes.State) -> nn.Module:
 
     Returns
     -------
-    A copy of the model, ready for `train.fit`.  Each code has centroids of
-    its own, as parameters of the model; the weights they replace are frozen.
+    A copy of the model
+        Ready for `train.fit`.  Each code has centroids of its own, as
+        parameters of the model; the weights they replace are frozen.
 
     Raises
     ------
@@ -98,8 +99,9 @@ def encode_clustered(model: nn.Module, state: codes.State) -> codes.State:
 
     Returns
     -------
-    {name: Tensor or Code}, for `storage`.  It decodes to exactly the weights
-    of the model, which `through.bake` makes an ordinary one.
+    {name: Tensor or Code}
+        For `storage`.  It decodes to exactly the weights of the model, which
+        `through.bake` makes an ordinary one.
 
     Raises
     ------

@@ -220,8 +220,9 @@ def factorized_embedding(
 
     Returns
     -------
-    nn.Sequential of nn.Embedding(V, E) and nn.Linear(E, H) without a bias,
-    drawn with torch's generator.
+    nn.Sequential
+        Of nn.Embedding(V, E) and nn.Linear(E, H) without a bias, drawn with
+        torch's generator.
 
     References
     ----------

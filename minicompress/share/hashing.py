@@ -257,8 +257,9 @@ def hash_features(x: Tensor, *, out: int, size: int, seed: int = 0) -> Tensor:
 
     Returns
     -------
-    (..., out, K).  Times the values of a `Hashed` of shape (out, in), what
-    the decoded matrix gives for x.
+    (..., out, K)
+        Times the values of a `Hashed` of shape (out, in), what the decoded
+        matrix gives for x.
 
     References
     ----------

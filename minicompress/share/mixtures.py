@@ -59,9 +59,10 @@ def mixture_penalty(
 
     Returns
     -------
-    (), nats for all of w; as a part of a loss that is a mean over N samples
-    it belongs there with the factor 1 / N.  Takes memory for K numbers per
-    weight.
+    ()
+        Nats for all of w; as a part of a loss that is a mean over N samples it
+        belongs there with the factor 1 / N.  Takes memory for K numbers per
+        weight.
 
     References
     ----------

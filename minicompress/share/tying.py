@@ -166,8 +166,9 @@ def sequence(N: int, M: int) -> list[int]:
 
     Returns
     -------
-    (N,) numbers for the `groups` of `tie_blocks`; where M does not divide N,
-    the runs differ by one block at most.
+    (N,)
+        Numbers for the `groups` of `tie_blocks`; where M does not divide N,
+        the runs differ by one block at most.
 
     References
     ----------
