@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import platform
+import re
 import time
 import tokenize
 from importlib.metadata import version
@@ -80,8 +81,22 @@ def write(script, results):
     }
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{Path(script).stem}.json"
-    text = json.dumps({"stamp": stamp, **results}, indent=1)
+    text = compact(json.dumps({"stamp": stamp, **results}, indent=1))
     path.write_text(text + "\n", encoding="utf8")
+
+
+def compact(text, width=80):
+    """Put lists of numbers, and lists of those, into one line if they fit."""
+
+    def joined(match):
+        line = re.sub(r"\s+", " ", match[0])
+        line = line.replace("[ ", "[").replace(" ]", "]")
+        return line if len(line) <= width else match[0]
+
+    numbers = r"\[[^][{}\"]*\]"
+    for lists in (numbers, rf"\[(?:{numbers}|[^][{{}}\"])*\]"):
+        text = re.sub(lists, joined, text)
+    return text
 
 
 def _is_text(node):
