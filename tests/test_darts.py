@@ -251,6 +251,15 @@ class TestAlphaGradient:
         )
         assert found["mixed.alpha"].tolist() == [0, 0, 0]
 
+    @pytest.mark.parametrize("xi", [0.0, 0.3])
+    def test_parts_that_are_not_used(self, xi):
+        model, a, b = cell(), batch(0), batch(1)
+        want = nas.alpha_gradient(model, a, b, xi=xi)
+        model.spare = nas.Mixed({"linear": nn.Linear(2, 2)}).double()
+        found = nas.alpha_gradient(model, a, b, xi=xi)
+        assert found.pop("spare.alpha").tolist() == [0]
+        torch.testing.assert_close(found, want)
+
     def test_one_alpha_for_two_mixtures(self):
         """As in the paper's cells, where all of one kind share α."""
 

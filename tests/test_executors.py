@@ -60,10 +60,11 @@ class Dies:
         return total(arch)
 
     def wait_for_three_deaths(self):
-        mark = os.path.join(self.folder, self.who)
-        while not os.path.exists(mark) or os.path.getsize(mark) < 3:
-            time.sleep(0.01)
-        time.sleep(1)
+        mark, end = os.path.join(self.folder, self.who), time.time() + 5
+        while time.time() < end:
+            time.sleep(0.05)
+            if os.path.exists(mark) and os.path.getsize(mark) >= 3:
+                end = min(end, time.time() + 0.5)
 '''
 
 RUNS = {
@@ -275,26 +276,25 @@ class TestWorkersThatDie:
         log, marks = tmp_path / "log", tmp_path / "marks"
         marks.mkdir()
         dies = cheap.Dies(marks, "0-0-0-1", always=True, slow="0-0-0-0")
-        how = {"batch": 2, "executor": processes, "log": log}
+        # a third one: each submission makes the pool look at its workers,
+        # and the last worker is started after it has looked
+        how = {"batch": 3, "executor": processes, "log": log}
         message = r"'a': 0, 'b': 0, 'c': 0, 'd': 1"
         with pytest.raises(RuntimeError, match=message):
             nas.exhaustive(SPACE, dies, **how)
         assert evaluated(marks)["0-0-0-1"] == 4
-        _, line = log.read_text().splitlines()
-        assert set(json.loads(line)["task"][0].values()) == {0}
+        lines = map(json.loads, log.read_text().splitlines()[1:])
+        done = [tuple(line["task"][0].values()) for line in lines]
+        assert (0, 0, 0, 0) in done and (0, 0, 0, 1) not in done
 
     def test_dask_gives_up_on_it_too(self, cheap, dask, tmp_path):
+        """Alone: of several on one worker it cannot tell who is guilty."""
         from distributed import KilledWorker
 
         dies = cheap.Dies(tmp_path, "0-0-0-2", always=True)
+        executor = dask.get_executor(pure=False)
         with pytest.raises(KilledWorker) as caught:
-            nas.exhaustive(
-                SPACE,
-                dies,
-                batch=4,
-                evaluations=4,
-                executor=dask.get_executor(pure=False),
-            )
+            nas.exhaustive(SPACE, dies, batch=1, executor=executor)
         (note,) = caught.value.__notes__
         assert note == "while evaluating {'a': 0, 'b': 0, 'c': 0, 'd': 2}"
 
@@ -375,7 +375,7 @@ class TestSeconds:
         def slow(arch):
             import time
 
-            time.sleep(0.1)
+            time.sleep(0.2)
             return 0
 
         executor = dask.get_executor(pure=False)
@@ -385,9 +385,10 @@ class TestSeconds:
         history = nas.exhaustive(
             SPACE, slow, batch=256, seconds=1, executor=executor
         )
-        assert time.monotonic() - start < 10  # all would take 12.8 s
+        assert time.monotonic() - start < 15  # all would take 25 s
         assert history.stopped == "seconds"
-        assert 1 <= len(history.records) <= 24
+        # calling off takes a moment for each, in which others are begun
+        assert 1 <= len(history.records) <= 100
 
 
 class TestExecutorIsLeftAsItWas:

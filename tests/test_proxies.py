@@ -254,6 +254,11 @@ class TestSynflow:
         grown = nas.synflow(other, x) - nas.synflow(net, x)
         assert math.isclose(grown, math.log(c), abs_tol=1e-9)
 
+    def test_dropout_is_off(self):
+        net, x = mlp([3, 4, 2]), torch.zeros(1, 3)
+        dropped = nn.Sequential(net[0], nn.Dropout(0.5), *net[1:]).train()
+        assert nas.synflow(dropped, x) == nas.synflow(net, x)
+
     def test_frozen_weights_count(self):
         net, x = mlp([3, 4, 2]), torch.zeros(1, 3)
         frozen = deepcopy(net).requires_grad_(False)

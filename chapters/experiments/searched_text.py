@@ -34,11 +34,11 @@ from minicompress import data, measure, nas, storage, train
 
 SEEDS, SIZE = 3, 8
 SHORT, RATE = 250, 6e-3  # the training of a candidate
-EVALUATIONS, POPULATION, SAMPLE = 32, 10, 4
+EVALUATIONS, POPULATION, SAMPLE = 48, 10, 4
 PATHS = 2  # of the supernet; its steps cost what all candidates cost
 STEPS, RATES = 800, (3e-3, 6e-3, 1.2e-2)
-RANDOM, PROBES, REPEATS = 6, 12, 200
-LONGER = 1  # seeds of the control
+RANDOM, PROBES, REPEATS = 10, 20, 200
+LONGER = (2400, 4800, STEPS + EVALUATIONS * SHORT)  # steps of the control
 USUAL = {
     "width": 64,
     "layers": 3,
@@ -161,35 +161,42 @@ def searches(bench):
     return {"evolution": evolved, "random": drawn}
 
 
+def plain(arch):
+    """Build a network without numbers."""
+    with torch.device("meta"):
+        return network(arch)
+
+
 def supernet(bench):
-    """Train one network for all members of a part; compare the members."""
-
-    def plain(arch):
-        with torch.device("meta"):
-            return network(arch)
-
-    steps = EVALUATIONS * SHORT // PATHS
+    """Train one network for all members of a part of the space."""
     path = bench.folder / "supernet.mc"
-    torch.manual_seed(0)
-    largest = network({**USUAL, **LARGEST})
     if not path.exists():
+        torch.manual_seed(0)
         large = nas.fit_supernet(
-            largest,
+            network({**USUAL, **LARGEST}),
             plain,
             bench.part,
-            feed(steps, 0),
+            feed(EVALUATIONS * SHORT // PATHS, 0),
             paths=PATHS,
             lr=RATE,
             clip=1.0,
             progress=True,
         )
         storage.save(path, large)
-    large = storage.load(path)
-    return nas.exhaustive(
-        bench.part,
-        lambda arch: bits(nas.subnet(large, plain(arch))),
-        **bench.log("supernet"),
-    )
+    return storage.load(path)
+
+
+def as_inherited(bench, large, rows):
+    """Judge contestants by the weights that they inherit."""
+    nets = {
+        kind: nas.subnet(large, plain(row["arch"]))
+        for kind, row in rows.items()
+        if bench.part.accepts(row["arch"])
+    }
+    return {
+        kind: {"val": bits(net), "test": bits(net, "test")}
+        for kind, net in nets.items()
+    }
 
 
 def filled(bench, changes):
@@ -252,17 +259,20 @@ def measured(rows):
 
 
 def longer(bench, row):
-    """Train the usual shape for as many steps as the search took."""
-    steps = STEPS + EVALUATIONS * SHORT
+    """Train the usual shape longer, at last for as long as a search took."""
     arch, lr = row["arch"], row["rate"]
-    runs = [bench.get(final, arch, steps, lr, s) for s in range(LONGER)]
-    return {"steps": steps, **{k: [r[k] for r in runs] for k in runs[0]}}
+    return {str(n): bench.get(final, arch, n, lr, 0) for n in LONGER}
 
 
 def main():
     bench = Bench()
     histories = searches(bench)
-    inherited = supernet(bench)
+    large = supernet(bench)
+    inherited = nas.exhaustive(
+        bench.part,
+        lambda arch: bits(nas.subnet(large, plain(arch))),
+        **bench.log("supernet"),
+    )
     archs = {kind: h.best.arch for kind, h in histories.items()}
     archs["supernet"] = inherited.best.arch
     archs |= {kind: filled(bench, changes) for kind, changes in HAND.items()}
@@ -292,6 +302,7 @@ def main():
             [*SPACE.encode(r.arch), r.loss] for r in inherited.records
         ],
         "contest": rows,
+        "contest, inherited": as_inherited(bench, large, rows),
         "random": others,
         "short and final": round(nas.kendall(*orders), 3),
         "inherited and short": probes,
