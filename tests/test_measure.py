@@ -130,6 +130,16 @@ def test_a_transformer_is_counted_with_its_attention():
     assert sum(by_layer.values()) == layers * block
 
 
+def test_a_module_in_two_places_counts_twice_and_keeps_its_weights():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Sequential(nn.ReLU(), layer))
+    weight = layer.weight
+    assert measure.macs(model, torch.zeros(3, 4)) == 2 * 16
+    assert layer.weight is weight
+    assert weight.device == torch.device("cpu")
+    assert measure.params(model) == 20
+
+
 def test_a_tied_language_model():
     model = models.LM(vocab=50, width=16, layers=2, heads=2, ff=32, context=8)
     ids = torch.zeros(1, 8, dtype=torch.long)

@@ -142,13 +142,12 @@ def _locate(dotted, path=None, level=0):
     parts = dotted.split(".") if dotted else []
     if level:
         start = path.parents[level - 1]
-    elif dotted.startswith("_") and dotted != "_stamp":
-        start = Path(__file__).parent
     elif parts and parts[0] == LIBRARY:
         start = ROOT
-    else:
-        return None
-    return _file(start.joinpath(*parts))
+    else:  # beside the script; what is not there is not ours
+        start = Path(__file__).parent
+    found = _file(start.joinpath(*parts))
+    return None if found == Path(__file__) else found
 
 
 def _file(stem):

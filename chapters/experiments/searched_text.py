@@ -9,7 +9,8 @@ within the limit are compared with the weights that they inherit.  What was
 found, four shapes made by hand that fill the limit, and random networks
 within it are then trained from scratch, the learning rate of each chosen on
 the validation text by its first seed.  As a control the usual shape also
-trains for as long as the search took.  Ctrl-C is harmless: the same command
+trains for as long as the search took, and the contestants are compared again
+after longer training.  Ctrl-C is harmless: the same command
 goes on from where it stopped.
 """
 
@@ -39,6 +40,7 @@ PATHS = 2  # of the supernet; its steps cost what all candidates cost
 STEPS, RATES = 800, (3e-3, 6e-3, 1.2e-2)
 RANDOM, PROBES, REPEATS = 10, 20, 200
 LONGER = (2400, 4800, STEPS + EVALUATIONS * SHORT)  # steps of the control
+LATER = 4800  # steps of all contestants, at the rates they chose
 USUAL = {
     "width": 64,
     "layers": 3,
@@ -250,6 +252,16 @@ def agreement(bench, inherited):
     return {"rows": rows, "kendall": round(nas.kendall(a, b), 3)}
 
 
+def orders(rows):
+    """Say how well early losses and sizes tell the final order."""
+    last = [row["val"][0] for row in rows]
+    signs = {"short": 1, "params": -1, "macs": -1, "us": -1}  # larger, better
+    return {
+        key: round(nas.kendall([sign * row[key] for row in rows], last), 3)
+        for key, sign in signs.items()
+    }
+
+
 def measured(rows):
     """Time the contestants, in turns."""
     nets = {kind: network(row["arch"]).eval() for kind, row in rows.items()}
@@ -285,8 +297,9 @@ def main():
         contest(bench, arch, 1) for arch in tqdm(drawn, desc="random ones")
     ]
     probes = agreement(bench, inherited)
-    every = [*rows.values(), *others]
-    orders = zip(*((row["short"], row["val"][0]) for row in every), strict=True)
+    best = min(others, key=lambda row: row["val"][0])
+    rows["best of the random ones"] = contest(bench, best["arch"], SEEDS)
+    every = {name(row["arch"]): row for row in [*rows.values(), *others]}
     results = {
         "text": text()["hash"],
         "choices": SPACE.choices,
@@ -304,10 +317,14 @@ def main():
         "contest": rows,
         "contest, inherited": as_inherited(bench, large, rows),
         "random": others,
-        "short and final": round(nas.kendall(*orders), 3),
+        "order of the final losses": orders(every.values()),
         "inherited and short": probes,
         "measured us": measured(rows),
         "longer": longer(bench, rows["usual"]),
+        "later": {
+            kind: bench.get(final, row["arch"], LATER, row["rate"], 0)
+            for kind, row in tqdm(rows.items(), desc="later")
+        },
     }
     _stamp.write(__file__, results)
 

@@ -113,11 +113,16 @@ def macs_by_layer(model: nn.Module, *inputs) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=_VECTOR_PRODUCTS)
     wrapped = _Root(model)
     inputs = tree_map_only(Tensor, _meta, inputs)
-    tensors = dict(wrapped.named_parameters()) | dict(wrapped.named_buffers())
-    tensors = {name: _meta(t) for name, t in tensors.items()}
+    # each module once: torch would swap one with two names twice, for good
+    tensors = {
+        f"{path}.{name}": _meta(t)
+        for path, module in wrapped.named_modules()
+        for own in (module.named_parameters, module.named_buffers)
+        for name, t in own(recurse=False)
+    }
     try:
         with evaluating(model), torch.device("meta"), counter:
-            functional_call(wrapped, tensors, inputs)
+            functional_call(wrapped, tensors, inputs, tie_weights=False)
     except (RuntimeError, NotImplementedError) as error:
         raise ValueError(
             f"{type(model).__name__} cannot be counted without values: {error}"
