@@ -72,7 +72,7 @@ def snip(
     Returns
     -------
     float
-        Σ |θ ∂L/∂θ| over all numbers θ that are trained.
+        ``Σ |θ ∂L/∂θ|`` over all numbers θ that are trained.
 
     References
     ----------
