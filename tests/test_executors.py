@@ -135,6 +135,23 @@ def run(name, cheap, **how):
     return f(SPACE, evaluate, evaluations=30, **options, **how)
 
 
+def sum_of(arch):
+    return float(sum(arch.values()))
+
+
+class Drowsy(Executor):
+    """Do what was submitted when the next thing is submitted."""
+
+    def __init__(self):
+        self.asleep = []
+
+    def submit(self, f, /, *args):
+        for future, g, given in self.asleep:
+            future.set_result(g(*given))
+        self.asleep = [(Future(), f, args)]
+        return self.asleep[0][0]
+
+
 class TestSameResult:
     @pytest.mark.parametrize("name", RUNS)
     def test_of_spawned_processes(self, cheap, spawned, name):
@@ -270,15 +287,21 @@ class TestWorkersThatDie:
         # those before it are in the log
         assert len(log.read_text().splitlines()) >= 1 + 5
 
-    def test_the_innocent_are_not_accused(self, cheap, tmp_path):
+    @pytest.mark.parametrize("batch", (2, 3))
+    def test_the_innocent_are_not_accused(
+        self, cheap, tmp_path, monkeypatch, batch
+    ):
         """The first one never ends before the second kills the pool: only
-        where each is alone can they be told apart."""
+        where each is alone can they be told apart.
+
+        With two the pool would not notice: it has looked at its workers when
+        it starts the last one.
+        """
+        monkeypatch.setattr(workers, "PATIENCE", 0.1)
         log, marks = tmp_path / "log", tmp_path / "marks"
         marks.mkdir()
         dies = cheap.Dies(marks, "0-0-0-1", always=True, slow="0-0-0-0")
-        # a third one: each submission makes the pool look at its workers,
-        # and the last worker is started after it has looked
-        how = {"batch": 3, "executor": processes, "log": log}
+        how = {"batch": batch, "executor": processes, "log": log}
         message = r"'a': 0, 'b': 0, 'c': 0, 'd': 1"
         with pytest.raises(RuntimeError, match=message):
             nas.exhaustive(SPACE, dies, **how)
@@ -286,6 +309,16 @@ class TestWorkersThatDie:
         lines = map(json.loads, log.read_text().splitlines()[1:])
         done = [tuple(line["task"][0].values()) for line in lines]
         assert (0, 0, 0, 0) in done and (0, 0, 0, 1) not in done
+
+    def test_a_pool_that_waits_for_a_submission_gets_one(self, monkeypatch):
+        monkeypatch.setattr(workers, "PATIENCE", 0.01)
+        history = nas.exhaustive(
+            SPACE, sum_of, batch=4, evaluations=8, executor=Drowsy()
+        )
+        assert [r.loss for r in history.records] == [
+            sum_of(r.arch) for r in history.records
+        ]
+        assert len(history.records) == 8
 
     def test_dask_gives_up_on_it_too(self, cheap, dask, tmp_path):
         """Alone: of several on one worker it cannot tell who is guilty."""

@@ -13,6 +13,7 @@ from concurrent.futures import (
 )
 
 RESTARTS = 3
+PATIENCE = 5.0  # seconds
 Answer = tuple[tuple, tuple]  # a task; its loss and seconds
 
 
@@ -128,12 +129,14 @@ def together(
             futures[pool.submit(timed, evaluate, *task)] = task
     except BrokenExecutor as broken:
         error = broken
-    waiting = set(futures)
+    waiting, last = set(futures), None
     try:
         while waiting:
-            limited = not error and 0 < left() < math.inf
-            seconds = left() if limited else None
+            limited = not error and 0 < left() < PATIENCE
+            seconds = left() if limited else PATIENCE
             done, waiting = wait(waiting, seconds, FIRST_COMPLETED)
+            if not done and (last is None or last.done()):
+                last = nudge(pool)
             for future in done:
                 failed = failure(future)
                 if failed is None:
@@ -147,6 +150,19 @@ def together(
             future.cancel()
     if error:
         raise error
+
+
+def nudge(pool: Executor) -> Future | None:
+    """Submit next to nothing, so that a pool looks after its workers.
+
+    Python's process pools watch the workers that they had when something was
+    last submitted: one that was started by that is waited for in vain if it
+    dies.
+    """
+    try:
+        return pool.submit(int)
+    except RuntimeError:  # it has just found out, or is shut down
+        return None
 
 
 def failure(future: Future) -> BaseException | None:
