@@ -146,8 +146,8 @@ def latency_table(
 
     References
     ----------
-    Cai et al., ProxylessNAS, arXiv:1812.00332, section 3.3 and appendix B.
-    Wu et al., FBNet, arXiv:1812.03443, section 3.3.
+    Cai et al., ProxylessNAS, arXiv:1812.00332, section 3.3.
+    Wu et al., FBNet, arXiv:1812.03443, section 3.2.
 
     Examples
     --------

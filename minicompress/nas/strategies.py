@@ -174,7 +174,7 @@ def halving(
     References
     ----------
     Jamieson, Talwalkar, Non-stochastic Best Arm Identification and
-    Hyperparameter Optimization, AISTATS 2016, arXiv:1502.07943, figure 1.
+    Hyperparameter Optimization, AISTATS 2016, arXiv:1502.07943.
 
     Examples
     --------
