@@ -66,6 +66,7 @@ def integer_model(
 
     Examples
     --------
+    >>> _ = torch.manual_seed(0)
     >>> x = torch.rand(64, 4)
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> net = integer_model(model, x)
