@@ -255,6 +255,46 @@ def holder_file():
     return storage.dumps(Holder((4, 8)), {"w": s})
 
 
+def test_a_compact_header_says_the_same_in_fewer_bytes(tmp_path):
+    model = models.LeNet5()
+    plain = storage.dumps(model, meta={"seed": 3})
+    data = storage.dumps(model, meta={"seed": 3}, compact=True)
+    assert len(data) < len(plain) - 100
+    size = storage.save(
+        tmp_path / "a.mc", model, meta={"seed": 3}, compact=True
+    )
+    assert size == len(data) == (tmp_path / "a.mc").stat().st_size
+    assert storage.read(tmp_path / "a.mc").meta == {"seed": 3}
+    back = storage.loads(data).state_dict()
+    for name, w in model.state_dict().items():
+        assert torch.equal(back[name], w)
+    for i in range(9, len(data) - len(plain) + 9 + 300):
+        bad = bytearray(data)
+        bad[i] ^= 1 << (i % 8)
+        with pytest.raises(StorageError):
+            storage.loads(bytes(bad))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:-3], "cut off, or longer"),
+        (lambda text: text + b"x", "cut off, or longer"),
+        (lambda text: zlib.compress(b" " * (1 << 25)), "cut off, or longer"),
+        (lambda text: b"nonsense", "Error -3"),
+    ],
+)
+def test_a_compact_header_is_not_trusted(change, message):
+    data = storage.dumps(models.LeNet5(), compact=True)
+    size = struct.unpack("<I", data[5:9])[0]
+    text = change(data[9 : 9 + size])
+    body = data[:5] + struct.pack("<I", len(text)) + text + data[9 + size : -4]
+    base = reset_peak()
+    with pytest.raises(StorageError, match=message):
+        storage.loads(body + struct.pack("<I", zlib.crc32(body)))
+    assert peak_above(base) < 40 << 20
+
+
 def test_truncation_at_every_byte_is_noticed():
     data = holder_file()
     for n in range(len(data)):
@@ -469,6 +509,7 @@ def subjects():
         deep_compression(entropy.huffman, False),
         deep_compression(entropy.rans, True),
         deep_compression(entropy.huffman, True),
+        deep_compression(entropy.contextual, False),
         grouped,
         low_rank,
     ]:

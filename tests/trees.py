@@ -24,13 +24,17 @@ def integers(shape, bits, seed):
 def ints(draw, shape):
     seed = draw(st.integers(0, 999))
     x = integers(shape, draw(st.integers(1, 16)), seed)
-    coder = draw(st.sampled_from([None, entropy.huffman, entropy.rans]))
+    coders = [None, entropy.huffman, entropy.rans, entropy.contextual]
+    coder = draw(st.sampled_from(coders))
     return coder(x) if coder else x
+
+
+FORMS = "bits", "gaps", "ints", "contexts", "coded gaps"
 
 
 @st.composite
 def masks(draw, shape, kept=None):
-    """A mask that keeps some weights, in one of its three forms."""
+    """A mask that keeps some weights, in one of its forms."""
     numel = math.prod(shape)
     seed = draw(st.integers(0, 999))
     g = torch.Generator().manual_seed(seed)
@@ -38,11 +42,14 @@ def masks(draw, shape, kept=None):
         kept = draw(st.integers(0, numel))
     mask = torch.zeros(numel, dtype=torch.bool)
     mask[torch.randperm(numel, generator=g)[:kept]] = True
-    form = draw(st.sampled_from(["bits", "gaps", "ints", "coded gaps"]))
+    form = draw(st.sampled_from([*FORMS]))
     if form == "bits":
         return mask.reshape(shape)
     if form == "ints":
         return codes.Ints(mask.to(torch.uint8), 1)
+    if form == "contexts":
+        whole = codes.Ints(mask.to(torch.uint8).reshape(shape), 1)
+        return entropy.contextual(whole)
     found = codes.gaps(mask, bits=draw(st.integers(1, 8)))
     if form == "coded gaps":
         found = codes.Gaps(entropy.huffman(found.steps), numel)

@@ -1,9 +1,10 @@
-"""Entropy coding: frequent integers get fewer bits.  Huffman and rANS.
+"""Entropy coding: frequent integers get fewer bits.
 
-Both coders take integers of known width (`codes.Ints`) and return a code that
+The coders take integers of known width (`codes.Ints`) and return a code that
 decodes to the same integers; everything the decoder needs lies in its fields.
-They look at how often each integer occurs and at nothing else, so no file of
-theirs can be shorter than `bound`.
+Huffman and rANS look at how often each integer occurs and at nothing else,
+so no file of theirs can be shorter than `bound`; `contextual` looks at where
+it stands, too.
 
 References
 ----------
@@ -12,6 +13,7 @@ Proc. IRE 40(9), 1952.  J. Duda, "Asymmetric numeral systems", 2013,
 arXiv:1311.2540.
 """
 
+from .contexts import Contextual, contextual
 from .lanes import Rans, rans, rans_slow, rans_undo
 from .prefix import LIMIT, canonical, code_lengths, package_merge
 from .statistics import bound, counts, entropy
@@ -20,11 +22,13 @@ from .words import Huffman, huffman, huffman_slow
 
 __all__ = [
     "LIMIT",
+    "Contextual",
     "Huffman",
     "Rans",
     "bound",
     "canonical",
     "code_lengths",
+    "contextual",
     "counts",
     "entropy",
     "frequencies",

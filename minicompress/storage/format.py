@@ -6,7 +6,7 @@ from torch import Tensor
 from minicompress import codes, entropy
 from minicompress.codes import State
 
-MAGIC, VERSION = b"MINC", 1
+MAGIC, PLAIN, COMPACT = b"MINC", 1, 2  # how the header is written
 
 CODES = {
     c.__name__: c
@@ -24,6 +24,7 @@ CODES = {
         codes.View,
         entropy.Huffman,
         entropy.Rans,
+        entropy.Contextual,
     )
 }
 

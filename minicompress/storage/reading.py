@@ -17,8 +17,18 @@ from minicompress import bits, codes, models
 from minicompress.codes import Code, State
 
 from . import layers
-from .format import CODES, DTYPES, MAGIC, VERSION, StorageError, check_names
+from .format import (
+    CODES,
+    COMPACT,
+    DTYPES,
+    MAGIC,
+    PLAIN,
+    StorageError,
+    check_names,
+)
 from .sizes import footprint
+
+LONGEST = 1 << 24  # bytes of a header once it is inflated
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,18 +133,31 @@ def _open(data: bytes) -> tuple[dict, memoryview]:
     if len(data) < 13:
         raise StorageError(f"truncated: only {len(data)} bytes")
     version, size = struct.unpack("<BI", data[4:9])
-    if version != VERSION:
+    if version not in (PLAIN, COMPACT):
         raise StorageError(
-            f"written in format {version}; this is format {VERSION}"
+            f"written in format {version}; this reads {PLAIN} and {COMPACT}"
         )
     if zlib.crc32(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
         raise StorageError("truncated or corrupted: the checksum is wrong")
     if 9 + size + 4 > len(data):
         raise StorageError(f"the header claims {size} bytes, more than there")
     with _errors_named():
-        header = json.loads(data[9 : 9 + size], parse_constant=_no_constant)
+        text = data[9 : 9 + size]
+        text = _inflated(text) if version == COMPACT else text
+        header = json.loads(text, parse_constant=_no_constant)
         header["state"].items(), header["model"]
     return header, memoryview(data)[9 + size : -4]
+
+
+def _inflated(text: bytes) -> bytes:
+    """Undo the deflation of a header, up to a length that is believable."""
+    stream = zlib.decompressobj()
+    whole = stream.decompress(text, LONGEST)
+    if not stream.eof or stream.unused_data:
+        raise StorageError(
+            f"the header is cut off, or longer than {LONGEST:,} bytes"
+        )
+    return whole
 
 
 def _no_constant(text: str):
