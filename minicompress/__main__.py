@@ -1,21 +1,22 @@
-"""The command line: what is in a file, and does it come back whole.
+"""The command line of minicompress.
 
 python -m minicompress info model.mc
 python -m minicompress verify model.mc
+python -m minicompress compress glyphs-cnn --recipe int8
+python -m minicompress compress model.safetensors --budget 20000000
+python -m minicompress export model.mc -o model.safetensors
+python -m minicompress score entry.mc
 """
 
 import argparse
-import math
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from . import commands, pipeline
+from .pipeline import contest
 
-from . import codes, entropy, storage
-from .codes import Code
+INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,126 +30,127 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0 if all is well, 1 if a file is bad or missing.  A
-        wrong command line ends in status 2.
+        Exit status: 0 if all is well, 1 if a file is bad or missing or did
+        not pass, 130 after Ctrl-C.  A wrong command line ends in status 2.
     """
-    parser = argparse.ArgumentParser("minicompress", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    commands = parser.add_subparsers(required=True, metavar="command")
-    for name, run, what in (
-        ("info", info, "list the tensors of a file and their sizes"),
-        ("verify", verify, "decode everything, and write it again"),
-    ):
-        command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("file", nargs="+", type=Path)
+    given = parser().parse_args(arguments)
+    try:
+        return given.run(given)
+    except KeyboardInterrupt:
+        print("interrupted; no file was written", file=sys.stderr)
+        return INTERRUPTED
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
+    top = argparse.ArgumentParser("minicompress", description=__doc__)
+    top.formatter_class = argparse.RawDescriptionHelpFormatter
+    added = top.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, run: Callable, what: str) -> argparse.ArgumentParser:
+        command = added.add_parser(name, help=what, description=what)
         command.set_defaults(run=run)
-    given = parser.parse_args(arguments)
-    status = 0
-    for path in given.file:
-        try:
-            print(given.run(path))
-        except (OSError, ValueError) as error:
-            why = getattr(error, "strerror", None) or error
-            print(f"{path}: {why}", file=sys.stderr)
-            status = 1
-    return status
+        return command
 
-
-def info(path: Path) -> str:
-    """Describe a file: its model, and a row for each of its tensors.
-
-    Bytes are those in the file.  "At best" are the bytes if each list of
-    integers were coded by itself, by frequency alone and without a table of
-    frequencies: the bound of `entropy.bound`.
-    """
-    file, size = storage.read(path), path.stat().st_size
-    name, config = file.model or ("a model that is described nowhere", {})
-    sizes = ", ".join(f"{key}={value}" for key, value in config.items())
-    rows = [("tensor", "shape", "code", "bytes", "bits each", "at best")]
-    first, total, numbers = {}, 0, 0
-    for key, x in file.state.items():
-        if id(x) in first:
-            rows.append((key, "", f"is {first[id(x)]}", "", "", ""))
-            continue
-        first[id(x)] = key
-        shape, n, held = tuple(x.shape), math.prod(x.shape), storage.payload(x)
-        total, numbers = total + held, numbers + n
-        rows.append(
-            (
-                key,
-                "×".join(map(str, shape)),
-                described(x),
-                f"{held:,}",
-                f"{8 * held / n:.2f}" if n else "",
-                f"{at_best(x):,.0f}",
-            )
+    for name, what in (
+        ("info", "list the tensors of a file and their sizes"),
+        ("verify", "decode everything, and write it again"),
+    ):
+        add(name, look, what).add_argument("file", nargs="+", type=Path)
+        added.choices[name].set_defaults(look=getattr(commands, name))
+    one = add("compress", compress, "write a network as a smaller file")
+    one.set_defaults(wrong=one.error)
+    one.add_argument(
+        "source",
+        nargs="?",
+        help="a network of the zoo, a .mc file or a .safetensors checkpoint",
+    )
+    how = one.add_mutually_exclusive_group(required=True)
+    names = [*pipeline.RECIPES, "deep"]
+    how.add_argument("--recipe", choices=names, help="the same for all weights")
+    how.add_argument(
+        "--budget",
+        type=whole,
+        metavar="BYTES",
+        help="the best recipe for each weight in a file of this size",
+    )
+    how.add_argument("--list", action="store_true", help="say what there is")
+    one.add_argument(
+        "--slow",
+        action="store_true",
+        help="try context models too: some seconds for a thousand weights",
+    )
+    two = add("export", export, "write decoded tensors for other programs")
+    two.add_argument("source", type=Path, metavar="file")
+    for command in (one, two):
+        command.add_argument(
+            "-o", "--output", type=Path, required=command is two, metavar="FILE"
         )
-    return "\n".join(
-        (
-            f"{path}: {size:,} bytes",
-            f"{name}({sizes})" if file.model else name,
-            *aligned(rows),
-            f"tensors {total:,} bytes, header and checksum {size - total:,}",
-            f"{numbers:,} numbers, {8 * size / max(1, numbers):.2f} bits each "
-            "with all of the file",
-        )
+        command.add_argument("--force", action="store_true", help="overwrite")
+    three = add("score", score, "measure an entry of the byte contest")
+    three.add_argument("file", nargs="+", type=Path)
+    three.add_argument("--seed", type=whole, help="repeat an earlier score")
+    return top
+
+
+def look(given: argparse.Namespace) -> int:
+    """Say something of each file."""
+    return max(reported(path, given.look, path) for path in given.file)
+
+
+def compress(given: argparse.Namespace) -> int:
+    """Compress one source, or list what could be done to it."""
+    if given.list:
+        print(commands.recipes())
+        return 0
+    if given.source is None:
+        given.wrong("name a source, or --list")
+    return reported(
+        given.source,
+        commands.compress,
+        given.source,
+        recipe=given.recipe,
+        budget=given.budget,
+        slow=given.slow,
+        output=given.output,
+        force=given.force,
     )
 
 
-def verify(path: Path) -> str:
-    """Decode a file whole, and write its tensors again: the same bytes.
-
-    Raises
-    ------
-    StorageError
-        If the file is damaged, or the model it names cannot be built.
-    ValueError
-        If a decoded number is not finite, or what is written differs.
-    """
-    data, file = path.read_bytes(), storage.read(path)
-    tensors = codes.decode(file.state)
-    for name, t in tensors.items():
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{name} holds numbers that are not finite")
-    if file.model is None:
-        return f"{path}: {len(tensors)} tensors decode; no model is named"
-    model = storage.loads(data)
-    again = storage.dumps(model, file.state, meta=file.meta or None)
-    if again != data:
-        raise ValueError("written again, it is another file")
-    return f"{path}: {file.model[0]}, {len(data):,} bytes, comes back whole"
+def export(given: argparse.Namespace) -> int:
+    """Write the tensors of a file in another format."""
+    how = {"output": given.output, "force": given.force}
+    return reported(given.source, commands.exported, given.source, **how)
 
 
-def described(x: Tensor | Code) -> str:
-    """Name a code and, in brackets, the codes inside of it."""
-    if isinstance(x, Tensor):
-        return str(x.dtype).removeprefix("torch.")
-    name, bits = type(x).__name__, getattr(x, "bits", None)
-    if bits is not None:  # integers; what else is in it is a table
-        return f"{name}({bits} bits)"
-    inside = (getattr(x, f.name) for f in fields(x))
-    named = [described(y) for y in inside if isinstance(y, Code)]
-    return f"{name}({', '.join(named)})" if named else name
+def score(given: argparse.Namespace) -> int:
+    """Score each file; all of them must pass."""
+    found: list[contest.Score] = []
+
+    def scored(path: Path) -> contest.Score:
+        found.append(contest.score(path, given.seed))
+        return found[-1]
+
+    bad = [reported(path, scored, path) for path in given.file]
+    return max(*bad, int(not all(one.passed for one in found)))
 
 
-def at_best(x: Tensor | Code) -> float:
-    """Give the bytes of a code if its integers were at their bound."""
-    if isinstance(x, codes.Ints | entropy.Huffman | entropy.Rans):
-        return entropy.bound(x) / 8
-    if isinstance(x, Tensor):
-        return storage.payload(x)
-    inside = (getattr(x, f.name) for f in fields(x))
-    return sum(at_best(y) for y in inside if isinstance(y, Tensor | Code))
+def reported(source, run: Callable, *arguments, **options) -> int:
+    """Print what a command says, or what is wrong with its source."""
+    try:
+        print(run(*arguments, **options))
+    except (ImportError, OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        print(f"{source}: {why}", file=sys.stderr)
+        return 1
+    return 0
 
 
-def aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Set words to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, (*"<<<", *">>>"), strict=True)
-        lines.append("  ".join(f"{c:{a}{w}}" for c, w, a in cells).rstrip())
-    return lines
+def whole(text: str) -> int:
+    """Read a whole number that is not negative."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number")
+    return int(text)
 
 
 if __name__ == "__main__":

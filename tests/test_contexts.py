@@ -162,6 +162,13 @@ class TestContextual:
         for name, w in codes.decode(state).items():
             assert torch.equal(back[name], w)
 
+    def test_a_long_list_of_zeros_is_within_the_limit(self):
+        ints = Ints(torch.zeros(500, 800, dtype=torch.uint8), 1)
+        ints.values[0, :40] = 1
+        code = entropy.contextual(ints)
+        assert len(code.stream) < 50
+        assert torch.equal(code.decode(), ints.values)
+
     def test_bombs_are_refused(self):
         none = torch.zeros(0, dtype=torch.uint8)
         with pytest.raises(ValueError, match="0 bytes, which hold"):

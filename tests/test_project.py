@@ -35,12 +35,18 @@ FLOORS = {
     3: "storage export",
     4: "measure zoo",
     5: "distill prune quantize share lowrank nas",
-    6: "pipeline __main__",
+    6: "pipeline commands __main__",
 }
 FLOOR = {name: n for n, names in FLOORS.items() for name in names.split()}
 BESIDE = {"plot", "widgets", "show", "claims"}
 # A module may be built on another of its own floor in this order.
-SAME_FLOOR = {("calibrate", "train"), ("export", "storage")}
+SAME_FLOOR = {
+    ("calibrate", "train"),
+    ("export", "storage"),
+    ("commands", "pipeline"),
+    ("__main__", "pipeline"),
+    ("__main__", "commands"),
+}
 
 
 def tracked():

@@ -280,8 +280,8 @@ def test_a_compact_header_says_the_same_in_fewer_bytes(tmp_path):
     [
         (lambda text: text[:-3], "cut off, or longer"),
         (lambda text: text + b"x", "cut off, or longer"),
-        (lambda text: zlib.compress(b" " * (1 << 25)), "cut off, or longer"),
-        (lambda text: b"nonsense", "Error -3"),
+        (lambda text: zlib.compress(b" " * (1 << 25))[2:], "cut off, or"),
+        (lambda text: b"nonsense", "Error -"),
     ],
 )
 def test_a_compact_header_is_not_trusted(change, message):

@@ -43,10 +43,10 @@ class Encoder:
             rough = end >> 8 * (4 - digits) << 8 * (4 - digits)
             if rough >= self.low:
                 break
-        self.low = rough
+        self.low, long = rough, len(self.out)
         for _ in range(4):
             self._shift()
-        return bytes(self.out).rstrip(b"\0")
+        return bytes(self.out[:long]) + self.out[long:].rstrip(b"\0")
 
     def _shift(self) -> None:
         """Move the highest byte of low to the output."""

@@ -23,6 +23,7 @@ from .format import (
     DTYPES,
     MAGIC,
     PLAIN,
+    WORDS,
     StorageError,
     check_names,
 )
@@ -151,7 +152,7 @@ def _open(data: bytes) -> tuple[dict, memoryview]:
 
 def _inflated(text: bytes) -> bytes:
     """Undo the deflation of a header, up to a length that is believable."""
-    stream = zlib.decompressobj()
+    stream = zlib.decompressobj(-15, zdict=WORDS)
     whole = stream.decompress(text, LONGEST)
     if not stream.eof or stream.unused_data:
         raise StorageError(

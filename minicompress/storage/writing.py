@@ -15,7 +15,7 @@ from minicompress import bits, codes, models
 from minicompress.codes import Code, State
 
 from . import layers
-from .format import COMPACT, MAGIC, PLAIN, TAGS, check_names
+from .format import COMPACT, MAGIC, PLAIN, TAGS, WORDS, check_names
 
 
 def save(
@@ -42,7 +42,7 @@ def save(
         Facts to keep with the model, as JSON.
     compact : bool
         Deflate the header: some hundred bytes less, which shows in a file
-        of a few thousand; it can no longer be read with a text editor.
+        of a few thousand; a text editor can no longer read it.
 
     Raises
     ------
@@ -95,7 +95,8 @@ def dumps(
         header["meta"] = meta
     text = json.dumps(header, separators=(",", ":"), allow_nan=False).encode()
     if compact:
-        text = zlib.compress(text, 9)
+        stream = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zdict=WORDS)
+        text = stream.compress(text) + stream.flush()
     version = COMPACT if compact else PLAIN
     start = MAGIC + struct.pack("<BI", version, len(text))
     body = b"".join([start, text, *blobs])

@@ -4,8 +4,12 @@ Each is one `.mc` file beside this one, written by
 `chapters/experiments/train_zoo.py` together with its card: what it was
 trained on and how good it is.  The exception is `encoder`: a pretrained
 network of 91 MB, read from the files of its publisher.
+
+Beside these are networks that chapter 11 made small, `compressed`: their
+cards are in a file of their own, because every byte of theirs counts.
 """
 
+import json
 from pathlib import Path
 
 from torch import nn
@@ -16,6 +20,7 @@ from .pretrained import embed, encoder
 __all__ = [
     "FOLDER",
     "card",
+    "compressed",
     "embed",
     "encoder",
     "load",
@@ -39,6 +44,17 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.mc"))
 
 
+def compressed() -> list[str]:
+    """List the networks that were made small; their data are not here.
+
+    Examples
+    --------
+    >>> [name for name in compressed() if "300" in name]
+    ['mnist-lenet-300-100']
+    """
+    return sorted(path.stem for path in (FOLDER / "compressed").glob("*.mc"))
+
+
 def path(name: str) -> Path:
     """Return the file of a trained network.
 
@@ -47,8 +63,11 @@ def path(name: str) -> Path:
     ValueError
         If there is none of that name.
     """
+    if name in compressed():
+        return FOLDER / "compressed" / f"{name}.mc"
     if name not in names():
-        raise ValueError(f"name: no {name!r} in the zoo, only {names()}")
+        known = names() + compressed()
+        raise ValueError(f"name: no {name!r} in the zoo, only {known}")
     return FOLDER / f"{name}.mc"
 
 
@@ -58,7 +77,7 @@ def load(name: str) -> nn.Module:
     Parameters
     ----------
     name : str
-        One of `names()`.
+        One of `names()` or of `compressed()`.
 
     Returns
     -------
@@ -83,7 +102,7 @@ def card(name: str) -> dict:
     Parameters
     ----------
     name : str
-        One of `names()`.
+        One of `names()` or of `compressed()`.
 
     Returns
     -------
@@ -105,7 +124,11 @@ def card(name: str) -> dict:
     'accuracy'
     """
     file = path(name)
-    return storage.read(file).meta | {"bytes": file.stat().st_size}
+    cards = file.with_name("cards.json")
+    meta = storage.read(file).meta
+    if cards.exists():
+        meta = json.loads(cards.read_text("utf8"))[name]
+    return meta | {"bytes": file.stat().st_size}
 
 
 def task(name: str) -> data.Task | data.Reference:
