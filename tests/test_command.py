@@ -15,7 +15,8 @@ from torch import nn
 
 from minicompress import codes, entropy, models, pipeline, share, storage, zoo
 from minicompress.__main__ import main
-from minicompress.commands import as_module, at_best, described
+from minicompress.commands import as_module
+from minicompress.commands.inspection import at_best, described
 
 
 def four_bits(w):
@@ -302,7 +303,7 @@ class TestCompress:
         assert asked[1] is None
 
     def test_deep_trains_and_is_much_smaller(self, here, capsys, monkeypatch):
-        monkeypatch.setattr("minicompress.commands.STEPS", 64)
+        monkeypatch.setattr("minicompress.commands.compression.STEPS", 64)
         torch.set_num_threads(1)
         assert main(["compress", "digits-mlp", "--recipe", "deep"]) == 0
         said = capsys.readouterr()
@@ -353,7 +354,7 @@ class TestCompress:
         def wrong(path):
             raise ValueError("it is another file")
 
-        monkeypatch.setattr("minicompress.commands.verify", wrong)
+        monkeypatch.setattr("minicompress.commands.compression.verify", wrong)
         assert main(["compress", "digits-mlp", "--recipe", "int8"]) == 1
         assert "it is another file" in capsys.readouterr().err
         assert os.listdir() == []

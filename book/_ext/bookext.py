@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import board
 from docutils import nodes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,6 +175,7 @@ def always_read_claims(app, env, added, changed, removed):
 def setup(app):
     app.connect("config-inited", serve_locally, priority=100)
     app.connect("source-read", insert_claims)
+    board.connect(app)
     app.connect("build-finished", drop_icon_script)
     app.connect("build-finished", search_on_its_page)
     app.connect("env-get-outdated", always_read_claims)

@@ -303,9 +303,6 @@ def student(s, seed, lr, teach):
     net = {
         DIGITS: lambda: models.MLP((64, 16, 10)),
         GLYPHS: lambda: models.CNN(channels=(4, 8, 16, 32), classes=36),
-        TEXT: lambda: models.LM(
-            **{**s.model.config, "width": 40, "layers": 2, "ff": 160}
-        ),
     }[s.name]()
     how = {"loss": taught(s)} if teach else {}
     return s.fit(net, lr, seed, steps=s.scratch[0], **how), {}

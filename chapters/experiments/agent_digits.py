@@ -28,7 +28,7 @@ from minicompress import (
 
 SPARSITIES = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 BITS = 4
-BUDGETS = (3000, 5000, 7000)  # bytes of the codes, without header and biases
+BUDGETS = (6000, 7000, 8000)  # bytes of the codes, without header and biases
 EVALUATIONS, SEEDS = 100, 10
 MARKS = (25, 50, 100)
 WARM = (0.25, 0.5)  # fractions of the evaluations that are drawn at random

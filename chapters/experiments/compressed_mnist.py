@@ -13,16 +13,19 @@ its file holds them as zeros.  One more row is a network of any shape.
     MINICOMPRESS_DATA=… python chapters/experiments/compressed_mnist.py
 """
 
+import json
 import math
+import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import _stamp
 import torch
 import torch.nn.functional as F
-from _pruning import Store
+from _pruning import SCRATCH, Store
 from torch import nn
 from tqdm import tqdm
 
@@ -30,11 +33,12 @@ from minicompress import (
     codes,
     data,
     distill,
+    measure,
     models,
     pipeline,
+    quantize,
     storage,
     train,
-    zoo,
 )
 
 SEEDS, COPIES, SIZE = 3, 10, 200
@@ -57,18 +61,32 @@ class Plan:
     teacher: bool = True
     moved: bool = True
     settled: bool = True  # or who shares is fixed before the training
-    original: bool = True  # shapes, in the file
 
 
-MLP, CNN = models.MLP, models.LeNet5
 PLANS = {
-    "lenet-300-100": Plan(MLP, (140, 60), 0.9655, (3, 3, 3), (15, 5, 120, 30)),
-    "lenet-5": Plan(CNN, (10, 20, 80), 0.83, (3, 2, 2, 3), (0, 6, 50, 16)),
+    "lenet-300-100": Plan(
+        models.MLP, (140, 60), 0.969, (3, 3, 3), (15, 5, 200, 40)
+    ),
+    "lenet-5": Plan(
+        models.LeNet5, (10, 20, 80), 0.84, (3, 2, 2, 3), (0, 6, 50, 16)
+    ),
     "lenet-5, smaller": Plan(
-        CNN, (8, 16, 64), 0.914, (3, 2, 2, 3), (0, 6, 60, 16)
+        models.LeNet5, (8, 16, 64), 0.905, (3, 2, 2, 3), (0, 6, 60, 16)
+    ),
+    "any": Plan(
+        models.CNN, (6, 8, 12, 16), 0.5, (3, 2, 2, 2, 3), (8, 0, 20, 8)
     ),
 }
-WITHOUT = {  # of the first plan, one thing each
+NAMES = {
+    "lenet-300-100": "mnist-lenet-300-100",
+    "lenet-5": "mnist-lenet-5",
+    "lenet-5, smaller": "mnist-lenet-5-smaller",
+    "any": "mnist-cnn",
+}
+FOLDER = Path(__file__).parents[2] / "minicompress" / "zoo" / "compressed"
+SHORT = replace(PLANS["lenet-300-100"], epochs=(8, 3, 40, 10))
+WITHOUT = {  # of a shorter plan, one thing each
+    "nothing": {},
     "a teacher": {"teacher": False},
     "moved images": {"moved": False},
     "moving weights": {"settled": False},
@@ -90,9 +108,9 @@ def jitter(x, dice):
     return F.grid_sample(x, grid, align_corners=False)
 
 
-def teacher(task, store):
+def teacher(task):
     """Train the dense LeNet-5: the teacher, and where LeNet-5 starts."""
-    path = store.path.with_name("compressed_mnist-teacher.pt")
+    path = SCRATCH / "compressed_mnist-teacher.pt"
     torch.manual_seed(0)
     model = models.LeNet5()
     if not path.exists():
@@ -109,21 +127,20 @@ def teacher(task, store):
     return model.eval()
 
 
-def moved_copies(task, master, store, *, moved=True):
+def images(task, master, *, moved):
     """Render the training images anew, and ask the teacher about them."""
-    name = "moved" if moved else "still"
-    path = store.path.with_name(f"compressed_mnist-{name}.pt")
+    path = SCRATCH / f"compressed_mnist-{'moved' if moved else 'still'}.pt"
     if not path.exists():
         dice, (X, _) = torch.Generator().manual_seed(0), task.train
-        images, logits = [], []
-        for x in tqdm((COPIES if moved else 1) * X.split(1000), desc=name):
+        pictures, logits = [], []
+        copies = COPIES if moved else 1
+        for x in tqdm(copies * X.split(1000), desc="images"):
             x = jitter(x, dice) if moved else x
-            q = (255 * x).round().clamp(0, 255).byte()
-            images.append(q)
+            pictures.append((255 * x).round().clamp(0, 255).byte())
             with torch.no_grad():
-                logits.append(master(q.float() / 255))
-        copies = {"x": torch.cat(images), "v": torch.cat(logits)}
-        torch.save(copies, path)
+                logits.append(master(pictures[-1].float() / 255))
+        both = {"x": torch.cat(pictures), "v": torch.cat(logits)}
+        torch.save(both, path)
     return torch.load(path, mmap=True)
 
 
@@ -184,6 +201,8 @@ def cut(model, widths):
 
 def network(kind, widths=()):
     """Build LeNet-300-100 or LeNet-5, or one with other widths."""
+    if kind is models.CNN:
+        return models.CNN(channels=widths, classes=10)
     if kind is models.MLP:
         return models.MLP(widths=(784, *(widths or (300, 100)), 10))
     model = models.LeNet5()
@@ -219,7 +238,7 @@ def alike(W):
 def parts(model):
     """List weights (out, in, positions...) and biases, layer by layer."""
     w = model.state_dict()
-    names = [n for n in w if n.endswith("weight")]
+    names = [n for n in w if n.endswith("weight") and w[n].ndim > 1]
     found = []
     for n in names:
         W = w[n]
@@ -278,35 +297,39 @@ def errors(model, task):
     return {"val": error(model, task.val), "test": error(model, task.test)}
 
 
-def compressed(plan, task, master, copies, seed, path=None):
-    """Run the stages, write the file, and measure what is in it."""
-    start, y = time.process_time(), task.train[1]
-    make = partial(fitting, copies, y, plan)
-    stages, (first, again, second, third) = {}, plan.epochs
+def stages(plan, task, master, copies, seed):
+    """Train a network small; yield the name of each stage and the model."""
+    first, again, second, third = plan.epochs
+    make = partial(fitting, copies, task.train[1], plan)
     torch.manual_seed(seed)
-    full = network(plan.network)
     fit, _ = make(epochs=first, lr=2e-3, seed=4 * seed)
-    model = master if plan.network is models.LeNet5 else fit(full)
-    stages["original"] = errors(model, task)
-    fit, _ = make(epochs=again, lr=2e-3, seed=4 * seed + 1)
-    model = fit(cut(model, plan.widths))
-    stages["fewer units"] = errors(model, task)
+    if plan.network is models.CNN:  # of its size from the start
+        model = fit(network(plan.network, plan.widths))
+        model = quantize.fold_norms(model, task.val[0][:1])
+        yield "original", model
+    else:
+        start = plan.network is models.LeNet5
+        model = master if start else fit(network(plan.network))
+        yield "original", model
+        fit, _ = make(epochs=again, lr=2e-3, seed=4 * seed + 1)
+        model = fit(cut(model, plan.widths))
+        yield "fewer units", model
     fit, steps = make(epochs=second, lr=2e-3, seed=4 * seed + 2)
-    model, _ = pipeline.pruned(
-        model, fit, sparsity=plan.sparsity, steps=steps, every=50
-    )
+    how = {"sparsity": plan.sparsity, "steps": steps, "every": 50}
+    model, _ = pipeline.pruned(model, fit, **how)
     model = pipeline.connected(model, task.val[0][:1])
-    stages["pruned"] = errors(model, task)
+    yield "pruned", model
     bits = dict(zip(parts(model)[0], plan.bits, strict=True))
     fit, _ = make(epochs=third, lr=1e-3, seed=4 * seed + 3)
     if plan.settled:
         model = pipeline.settled(model, fit, bits=bits, bias_bits=3)
     else:
         model, _ = pipeline.clustered(model, fit, bits=bits, bias_bits=3)
-    stages["few values"] = errors(model, task)
-    seconds = time.process_time() - start
-    if not plan.original:
-        full = model
+    yield "few values", model
+
+
+def packed(model, full, path):
+    """Write a file with the shapes of `full`; tell what takes how much."""
     tensors = arranged(model, full)
     full.load_state_dict(tensors)
     state, plain = (
@@ -314,42 +337,80 @@ def compressed(plan, task, master, copies, seed, path=None):
         for coders in (pipeline.SLOW, pipeline.FAST)
     )
     file = dumps(full, state)
-    if path:
-        path.write_bytes(file)
+    path.write_bytes(file)
+    layers = map(pipeline.layer_costs, (state, plain))
     return {
         "bytes": len(file),
-        "ratio": round(
-            4 * sum(w.numel() for w in tensors.values()) / len(file), 1
-        ),
-        **errors(storage.loads(file), task),
-        "stages": stages,
+        "ratio": round(4 * measure.params(full) / len(file), 1),
         "by frequency": len(dumps(full, plain)),
         "layers": [
-            {**asdict(a), "by frequency": b.bytes}
-            for a, b in zip(*map(pipeline.layer_costs, (state, plain)))
+            {**asdict(own), "by frequency": other.bytes}
+            for own, other in zip(*layers, strict=True)
         ],
-        "seconds": round(seconds),
+    }
+
+
+def run(plan, task, master, copies, path, seed):
+    start, along = time.process_time(), {}
+    for name, model in stages(plan, task, master, copies, seed):
+        along[name] = errors(model, task)
+    seconds = round(time.process_time() - start)
+    cnn = plan.network is models.CNN
+    row = packed(model, model if cnn else network(plan.network), path)
+    done = errors(storage.loads(path.read_bytes()), task)
+    return {**row, **done, "stages": along, "seconds": seconds}
+
+
+def kept(name):
+    """Open the results of one plan; several may run side by side."""
+    store = Store(__file__)
+    store.path = store.path.with_name(f"{store.path.stem}-{name}.json")
+    if store.path.exists():
+        store.values = json.loads(store.path.read_text("utf8"))
+    return store
+
+
+def ship(rows, paths, task, name):
+    """Put the file with the fewest validation errors into the zoo."""
+    best = min(range(SEEDS), key=lambda k: (rows[k]["val"], rows[k]["bytes"]))
+    row, (_, y) = rows[best], task.test
+    shutil.copy(paths[best], FOLDER / f"{name}.mc")
+    return {
+        "task": ["mnist", {}],
+        "metric": "accuracy",
+        "value": round(1 - row["test"] / 100, 4),
+        "val": round(1 - row["val"] / 100, 4),
+        "n": len(y),
+        "seed": best,
+        "torch": torch.__version__,
     }
 
 
 def main(names=()):
-    store, task = Store(__file__), data.mnist()
-    master = teacher(task, store)
-    copies = moved_copies(task, master, store)
-    found = {"teacher": errors(master, task), "paper": PAPER, "runs": {}}
-    for name, plan in PLANS.items():
+    task = data.mnist()
+    master = teacher(task)
+    copies = {moved: images(task, master, moved=moved) for moved in (1, 0)}
+    plans = PLANS | {
+        f"without {thing}": replace(SHORT, **change)
+        for thing, change in WITHOUT.items()
+    }
+    found, cards = {}, {}
+    for name, plan in plans.items():
         if names and name not in names:
             continue
-        found["runs"][name] = rows = []
-        for seed in tqdm(range(SEEDS), desc=name):
-            path = store.path.with_name(f"{store.path.stem}-{name}-{seed}.mc")
-            run = partial(
-                compressed, plan, task, master, copies, seed, path=path
-            )
-            rows.append(store.get(f"{plan}/{seed}", run))
-            print(
-                name, seed, {k: v for k, v in rows[-1].items() if k != "layers"}
-            )
+        store, found[name] = kept(name), []
+        path = store.path.with_suffix("")
+        paths = [path.with_name(f"{path.name}-{k}.mc") for k in range(SEEDS)]
+        for seed, path in enumerate(tqdm(paths, desc=name)):
+            own = (plan, task, master, copies[plan.moved], path, seed)
+            found[name].append(store.get(f"{seed}", partial(run, *own)))
+        if name in PLANS:
+            cards[NAMES[name]] = ship(found[name], paths, task, NAMES[name])
+    if not names:
+        text = json.dumps(cards, indent=1, sort_keys=True) + "\n"
+        (FOLDER / "cards.json").write_text(text, "utf8")
+        results = {"teacher": errors(master, task), "paper": PAPER}
+        _stamp.write(__file__, {**results, "runs": found})
 
 
 if __name__ == "__main__":

@@ -45,8 +45,9 @@ SEEDS = (  # drawn by secrets.randbits(48) once the rules were fixed
 VALIDATION = 900_000
 CHANNELS = 6, 12, 16, 24
 SIZE, PARTS = 64, 100  # of a batch; batches that are rendered together
-FLOAT, PRICED, TEACHER, MLP = 3000, 1200, 120, 3000  # steps
-PRICES = 1e-4, 2e-4, 3e-4, 4e-4, 5.5e-4, 7.5e-4  # nats for a bit
+FLOAT, DEEP, TEACHER, MLP = 3000, 600, 120, 3000  # steps
+PRICES = 1e-4, 2e-4, 3e-4, 4e-4, 5.5e-4, 7.5e-4, 9e-4  # nats for a bit
+PRICED = 1200, 1200, 1200, 1200, 1200, 1200, 3000  # steps at each price
 SAFE = 0.905  # of validation pictures: half a point above the bar
 DUMPS = partial(storage.dumps, compact=True)
 
@@ -173,8 +174,8 @@ def whole(net):
 def cheapest(store):
     """Raise the price of a bit again and again, and keep what is safe."""
     net, path, best = start(separable()), [], None
-    for k, price in enumerate(PRICES):
-        how = {"steps": PRICED, "lr": 2e-3, "loss": priced(price)}
+    for k, (price, steps) in enumerate(zip(PRICES, PRICED, strict=True)):
+        how = {"steps": steps, "lr": 2e-3, "loss": priced(price)}
         net = kept(f"priced-{k}", net, 200_000 + 10_000 * k, **how)
         model, state = whole(net)
         size = len(storage.dumps(model, state, compact=True))
@@ -225,7 +226,7 @@ def deep_mlp(store):
 
 def deep_separable(store):
     how = {"sparsity": 0.4, "bits": 3, "bias_bits": 3}
-    return deep(folded(separable()), 600_000, PRICED // 2, 3e-3, **how)
+    return deep(folded(separable()), 600_000, DEEP, 3e-3, **how)
 
 
 ENTRIES = {

@@ -42,6 +42,9 @@ LR, TUNE = 1e-2, 3e-3
 LOSSES = (2.0, 0.5)  # points of accuracy on validation data
 SOUGHT, NEAR = 2, 0.3  # seeds on which the knob is found; points to miss by
 TAIL = 0.1  # of the images that a rare class keeps
+NAMES = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+QUANTILES = (0.5, 0.95, 0.99)
+CLEAR = [i for i, c in enumerate(NAMES) if c not in "0O"]
 
 
 def fresh(seed, width=1.0):
@@ -75,8 +78,7 @@ def rare(seed):
 
 def written(logits):
     """Write one character for each answer."""
-    names = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-    return "".join(names[i] for i in logits.argmax(1).tolist())
+    return "".join(NAMES[i] for i in logits.argmax(1).tolist())
 
 
 class Bench:
@@ -346,14 +348,25 @@ def analyzed(change):
     }
 
 
+def by_chance(dense, twins, y, draws=1000):
+    """Return F of two halves of the dense networks: median, 95 %, 99 %."""
+    every = torch.cat([right(read(r), y)[:, CLEAR] for r in (dense, twins)])
+    dice = torch.Generator().manual_seed(0)
+    halves = [torch.randperm(len(every), generator=dice) for _ in range(draws)]
+    found = [analyzed(every[h[:SEEDS]] - every[h[SEEDS:]])["F"] for h in halves]
+    return rounded(torch.tensor(found).quantile(torch.tensor(QUANTILES)))
+
+
 def row(way, loss, kept, records, dense, twins, bench):
     """Compare networks with the dense ones they come from."""
     y, h = bench.test[1], bench.hard[1]
     a, b, t = read(records), read(dense), read(twins)
-    before, after = right(b, y), right(a, y)
-    change, error = after - before, 100 - right(t, y).mean(0)
-    hardest = error.argsort(descending=True)[: CLASSES // 3]
-    lost = -change.mean(0)
+    after = right(a, y)
+    change, error = after - right(b, y), 100 - right(t, y).mean(0)
+    # what 0 loses O gains by chance: they are told apart by their widths
+    clear, error = change[:, CLEAR], error[CLEAR]
+    hardest = error.argsort(descending=True)[: len(error) // 3]
+    lost = -clear.mean(0)
 
     def onehot(x):
         return F.one_hot(x, CLASSES).float()
@@ -381,8 +394,8 @@ def row(way, loss, kept, records, dense, twins, bench):
             100 * ((flips * hits).sum() / flips.sum().clamp(min=1)).item(), 1
         ),
         "hard": rounded(100 * (read(records, "hard") == h).double().mean(1)),
-        "classes": analyzed(change) if way != "dense" else None,
         "change": rounded(change.mean(0)),
+        "classes": analyzed(clear) if way != "dense" else None,
         "correlation with error": round(
             torch.corrcoef(torch.stack([lost, error]))[0, 1].item(), 3
         ),
@@ -437,6 +450,7 @@ def main():
             "steps": [STEPS, MORE],
             "images": {k: len(getattr(bench, k)[1]) for k in ("val", "test")},
             "error": rounded(100 - right(read(twins), bench.test[1]).mean(0)),
+            "F by chance": by_chance(dense, twins, bench.test[1]),
             "rows": [
                 row(*what, *found, dense, twins, bench)
                 for what, found in plain.items()

@@ -305,7 +305,7 @@ def main():
         labs = [Lab(net, task, 100 + s, point) for s, net in enumerate(nets)]
         found["steps"] = labs[0].steps(FIRST + SECOND)
         found[name] = compared(labs, task, partial(stored, store, name))
-    _stamp.write(__file__, found)
+        _stamp.write(__file__, found)  # the next point takes as long again
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ and for the encoder, one rate is tried.  What a recipe does not code is
 float32, but the tables of tokens and positions have 8 bits in every row except
 the first two.  Bytes are those of the whole file, and quality is that of what
 is read from the file, on the test split.  Seeds draw what is seen and trained
-on; recipes that draw nothing have one.  Times are ratios to the original, of one
-call with one sample, in turns within one run; a network of the original's
+on; recipes that draw nothing have one.  Times are ratios to the original, of
+one call with one sample, in turns within one run; a network of the original's
 shapes computes what the original computes and is not timed.  Ctrl-C is
 harmless: the same command goes on from where it stopped.
 """
@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from statistics import mean, median, stdev
 
 import _recipes as r
@@ -42,6 +43,7 @@ KERNELS = "it has no kernels to factor"
 MATRICES = "its kernels are factored as kernels"
 NO_LABELS = "its training uses the original's embeddings, not labels"
 BRIEFLY = "left out to save time: the rows beside it tell as much"
+STUDENT = "chapter 2 trains one, for far more steps than there is time here"
 TOO_LONG = "the training would take too long for this board"
 
 
@@ -137,7 +139,7 @@ MADE = {
         L, 9, r.factored("separable, data-aware"), **CONV, **LOOK
     ),
     "GPTQ, 3 bits, coded": Recipe(
-        C, 11, in_order(lambda W, x: r.coded(r.gptq(3)(W, x))), **LOOK
+        C, 11, in_order(lambda W, x: r.coded(r.gptq(3)(W, x))), **BRIEF, **LOOK
     ),
     "SparseGPT 50 %, 4 bits, coded": Recipe(
         C,
@@ -150,22 +152,17 @@ MADE = {
 TRAINED = {
     "original, trained on": Recipe(O, 1, then(r.plain), **TUNED),
     "small network": Recipe(
-        O,
-        2,
-        partial(r.student, teach=False),
-        on=LABELED,
-        why=TOO_LONG,
-        **START,
+        O, 2, partial(r.student, teach=False), on=SMALL, why=STUDENT, **START
     ),
     "small network, taught": Recipe(
         "distill",
         2,
         partial(r.student, teach=True),
-        on=LABELED,
-        why=TOO_LONG,
+        on=SMALL,
+        why=STUDENT,
         **START,
     ),
-    "half of the units, trained": Recipe(P, 3, then(r.halved), **LABELS),
+    "half of the units, trained": Recipe(P, 3, then(r.halved), **TUNED),
     "half of the units, taught": Recipe(
         P, 3, r.half_taught, on=LABELED, why=NO_LABELS, **LABELS
     ),
@@ -209,7 +206,7 @@ TRAINED = {
         **START,
     ),
     "half of the units, 4 bits, coded": Recipe(
-        C, 11, then(r.halved, r.in_four_bits), **LABELS
+        C, 11, then(r.halved, r.in_four_bits), **TUNED
     ),
     "a third of the blocks less, 4 bits, coded": Recipe(
         C, 11, then(r.shortened, r.in_four_bits), **DEEP, **LABELS
@@ -222,6 +219,35 @@ TRAINED = {
     ),
 }
 RECIPES = MADE | TRAINED
+LATER = (  # what can wait until all models have the other rows
+    "half of the units",
+    "magnitude, 80 %",
+    "magnitude, 90 %",
+    "Wanda, 50 %",
+    "SparseGPT, 80 %",
+    "2:4, magnitude",
+    "2:4, SparseGPT",
+    "4 bits",
+    "AWQ, 4 bits, groups",
+    "MXFP4",
+    "binary",
+    "k-means, 4 bits, coded",
+    "k-means, 3 bits",
+    "k-means, 2 bits",
+    "product, 2 bits",
+    "SVD, half",
+    "blocks tied",
+    "original, trained on",
+    "half of the units, taught",
+    "magnitude, 50 %, trained",
+    "magnitude, 80 %, trained",
+    "magnitude, 90 %, trained",
+    "LSQ, 4 bits",
+    "k-means, 2 bits, trained",
+    "spatial, 40 %, trained",
+    "half of the units, 4 bits, coded",
+    "a third of the blocks less, 4 bits, coded",
+)
 AS_IT_IS = ("original, float32", "half precision")  # the tables too
 
 
@@ -312,11 +338,10 @@ def times(s, rows, folder):
     """Time the networks that compute something else than the original."""
     nets = {"original, float32": s.model}
     for row in rows:
-        if not row["same"]:
-            name = row["name"]
-            net = torch.load(place(folder, name), weights_only=False)
-            run = RECIPES[name].run
-            nets[name] = run(net) if run else net
+        name = row["name"]
+        net = torch.load(place(folder, name), weights_only=False)
+        run = RECIPES[name].run
+        nets[name] = run(net) if run else net
     calls = {n: partial(net, s.example) for n, net in nets.items()}
     found = {n: [] for n in nets}
     for _ in range(ROUNDS):
@@ -336,29 +361,54 @@ def fronts(rows, better):
             x[key] = i in on
 
     mark("front", lambda x: x["bytes"])
-    mark("front, macs", lambda x: x["macs"])
-    mark("front, latency", lambda x: x["latency"] or 1.0)
+    mark("lean", lambda x: x["macs"])
+    mark("fast", lambda x: x["latency"] or 1.0)
+
+
+def finished(s, store, took):
+    """Collect the rows of a model, in the order of the recipes."""
+    keys = [f"{s.name}/{x}" for x in RECIPES if s.name in RECIPES[x].on]
+    rows = [dict(store.values[key]) for key in keys if key in store.values]
+    for x in rows:
+        # no latency: the shapes of the original, and so its time
+        x["latency"] = None if x.pop("same") else took[x["name"]]
+        if not x["trained"]:
+            del x["rate"]
+    fronts(rows, s.better)
+    return rows
+
+
+def absent(name, rows):
+    """Say why a recipe has no row."""
+    found = {x["name"] for x in rows}
+    return {
+        x: "not measured yet" if name in how.on else how.why
+        for x, how in RECIPES.items()
+        if x not in found
+    }
 
 
 def main():
     store = Store(__file__)
+    subjects = {name: make(name) for name, make in SUBJECTS.items()}
     found = {"models": {}, "board": {}, "absent": {}}
     found["times"] = {"rounds": ROUNDS, "repeats": REPEATS}
-    again = "--times" in sys.argv
-    for name, make in SUBJECTS.items():
-        s, folder = make(name), store.path.with_suffix("") / name
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = [
-            store.get(f"{name}/{x}", partial(result, s, x, folder))
-            for x in tqdm(RECIPES, desc=name)
-            if name in RECIPES[x].on
-        ]
-        if again:
+    if "--times" in sys.argv:
+        for name in SUBJECTS:
             store.values.pop(f"{name}, times", None)
-        took = store.get(f"{name}, times", partial(times, s, rows, folder))
-        for x in rows:
-            x["latency"] = None if x["same"] else took[x["name"]]
-        fronts(rows, s.better)
+    passes = [[x for x in RECIPES if (x in LATER) == late] for late in (0, 1)]
+    for some, (name, s) in product(passes, subjects.items()):
+        key = f"{name}, times"
+        folder = store.path.with_suffix("") / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for x in tqdm(some, desc=name):
+            if name in RECIPES[x].on:
+                store.get(f"{name}/{x}", partial(result, s, x, folder))
+        rows = [store.values.get(f"{name}/{x}") for x in RECIPES]
+        timed = [x for x in rows if x and not x["same"]]
+        if {x["name"] for x in timed} - {*store.values.get(key, ())}:
+            store.values.pop(key, None)
+        took = store.get(key, partial(times, s, timed, folder))
         found["models"][name] = {
             "metric": s.metric,
             "better": s.better,
@@ -366,10 +416,8 @@ def main():
             "rates": s.rates,
             "from the start": s.scratch,
         }
-        found["board"][name] = rows
-        found["absent"][name] = {
-            x: how.why for x, how in RECIPES.items() if name not in how.on
-        }
+        found["board"][name] = finished(s, store, took)
+        found["absent"][name] = absent(name, found["board"][name])
         _stamp.write(__file__, found)
 
 

@@ -38,7 +38,9 @@ def pruned(
     model
         left as it is.
     fit
-        ``fit(model, on_step=None) -> model``.
+        ``fit(model, on_step=None) -> model``.  With `steps` it has to call
+        ``on_step(step, model, loss)`` after each step, from 1 on; without
+        these calls nothing is removed.
     sparsity
         fraction of all scored weights together, or {name: fraction} of
         single ones.

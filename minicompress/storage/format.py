@@ -45,7 +45,7 @@ TAGS = {dtype: tag for tag, dtype in DTYPES.items()}
 
 # What a compact header may refer back to, frequent words last.  A part of the
 # format: to change a letter is to lose all compact files.
-WORDS = (
+WORDS = (  # noqa: UP012
     '{"BatchNorm2d","LayerNorm","Embedding","LM","heads":,"layers":,"width":,'
     '"vocab":,"context":,"ResNet","Hashed","Rotated","Sum","Scaled","Factors",'
     '"Gaps","Rans","Huffman","Affine","f4":[],"f8":[],"bf":[],"i1":[],"i4":[],'

@@ -1,0 +1,261 @@
+"""The scoreboard as tables, figures and single numbers in Markdown.
+
+A page says ``[[digits-mlp: GPTQ, 4 bits]]`` for the file and the quality of
+one row, ``[[digits-mlp: GPTQ, 4 bits: file]]`` for one of `FIELDS`, and
+``{board front encoder}``, ``{board all encoder}`` or ``{board figure
+encoder}`` for what takes a paragraph.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+from minicompress import measure, plot, widgets
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "chapters" / "results" / "scoreboard.json"
+DRAWN = ROOT / "book" / "_build" / "scoreboard"
+PAGES = ("book/scoreboard", "book/which_method")
+TITLES = {
+    "digits-mlp": "the MLP for digits",
+    "glyphs-cnn": "the CNN for glyphs",
+    "reference-lm": "the language model",
+    "encoder": "the pretrained encoder",
+}
+WORST = {"digits-mlp": 90, "glyphs-cnn": 70, "reference-lm": 3, "encoder": 45}
+COSTS = {"bytes": "front", "macs": "lean", "latency": "fast"}
+LABELS = {
+    "bytes": "bytes of the file",
+    "macs": "multiplications for one sample",
+    "latency": "time of one call, the original takes 1",
+}
+NAMES = {  # families in the legend
+    "original": "original, formats",
+    "distill": "distillation",
+    "prune": "pruning",
+    "quantize": "quantization",
+    "share": "sharing",
+    "lowrank": "low rank",
+    "nas": "search",
+    "combine": "combined",
+}
+
+
+def load():
+    return json.loads(DATA.read_text(encoding="utf8"))
+
+
+def cost(row, kind):
+    """Return what a row costs; the original's shapes take its time."""
+    return 1.0 if row[kind] is None else row[kind]
+
+
+def front(rows, kind="bytes"):
+    """List what no other row beats in both, from the cheapest on."""
+    on = (x for x in rows if x[COSTS[kind]])
+    return sorted(on, key=lambda x: (cost(x, kind), x["quality"]))
+
+
+def quality(row, better):
+    """Write per cent with one digit, bits for each character with two."""
+    digits = 1 if better > 0 else 3
+    text = f"{row['quality']:.{digits}f}"
+    if row["sd"] is not None:
+        text += f" ± {row['sd']:.{digits}f}"
+    return text
+
+
+FIELDS = {
+    "file": lambda row, first, better: measure.tables.size(row["bytes"]),
+    "times": lambda row, first, better: f"{first['bytes'] / row['bytes']:.1f}",
+    "quality": lambda row, first, better: (
+        f"{row['quality']:.1f} %"
+        if better > 0
+        else f"{row['quality']:.3f} bits"
+    ),
+    "macs": lambda row, first, better: f"{row['macs'] / first['macs']:.0%}",
+    "latency": lambda row, first, better: f"{cost(row, 'latency'):.2f}",
+    "cosine": lambda row, first, better: f"{row['cosine']:.3f}",
+    "trained": lambda row, first, better: str(row["trained"]),
+}
+
+
+def find(board, model, name):
+    """Return a row of a model by its name."""
+    rows = [x for x in board["board"].get(model, ()) if x["name"] == name]
+    if len(rows) != 1:
+        raise ValueError(f"scoreboard: no row {name!r} of {model!r}")
+    return rows[0]
+
+
+def number(board, text):
+    """Expand ``model: row`` or ``model: row: field``."""
+    model, name, *field = (part.strip() for part in text.split(":"))
+    if name.isdigit():  # 2:4
+        name, field = f"{name}:{field[0]}", field[1:]
+    first, row = board["board"][model][0], find(board, model, name)
+    better = board["models"][model]["better"]
+    fields = field or ("file", "quality")
+    return ", ".join(FIELDS[f](row, first, better) for f in fields)
+
+
+def table(header, lines):
+    """Write a Markdown table, the first column to the left."""
+    ruler = [":--", *["--:"] * (len(header) - 1)]
+    rows = (header, ruler, *lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def name(row):
+    """Mark what has seen inputs (°) or was trained (*)."""
+    mark = "\\*" if row["trained"] else "°" if row["data"] != "none" else ""
+    return row["name"] + mark
+
+
+def front_table(board, model):
+    """List the front of file and quality, numbered as in the figure."""
+    rows, better = board["board"][model], board["models"][model]["better"]
+    lines = [
+        (
+            f"{i}. {name(x)}",
+            measure.tables.size(x["bytes"]),
+            quality(x, better),
+        )
+        for i, x in enumerate(front(rows), 1)
+    ]
+    return table(("on the front", "file", metric(board, model)), lines)
+
+
+def whole_table(board, model):
+    """List every row, in the order of the chapters."""
+    rows, better = board["board"][model], board["models"][model]["better"]
+    lines = [
+        (
+            name(x),
+            measure.tables.size(x["bytes"]),
+            FIELDS["macs"](x, rows[0], better),
+            "="
+            if x["latency"] is None
+            else FIELDS["latency"](x, rows[0], better),
+            quality(x, better),
+        )
+        for x in sorted(rows, key=lambda x: x["chapter"])
+    ]
+    header = ("recipe", "file", "MACs", "time", metric(board, model))
+    return table(header, lines)
+
+
+def metric(board, model):
+    return board["models"][model]["metric"]
+
+
+def pareto(rows, better, metric, *, kind="bytes", worst=None, marked=()):
+    """Draw cost and quality of all rows, and number those of the front.
+
+    rows     of one model
+    better   1, or -1 where less quality is better
+    kind     "bytes", "macs" or "latency"
+    worst    quality at the end of the axis: what is worse is left out
+    marked   names of rows to be ringed
+    """
+    fig, ax = plot.figure(width=5.2, height=4.6)
+    seen = [
+        x
+        for x in rows
+        if worst is None or better * x["quality"] >= (better * worst)
+    ]
+    for family, text in NAMES.items():
+        own = [x for x in seen if x["family"] == family]
+        if own:
+            ax.scatter(
+                [cost(x, kind) for x in own],
+                [x["quality"] for x in own],
+                s=36,
+                color=plot.COLORS[family],
+                alpha=0.75,
+                lw=0,
+                label=text,
+            )
+    best = [x for x in front(rows, kind) if x in seen]
+    ax.step(
+        [cost(x, kind) for x in best],
+        [x["quality"] for x in best],
+        where="post",
+        color="#444444",
+        lw=1,
+        zorder=0,
+    )
+    for i, x in enumerate(front(rows, kind), 1):
+        if x in seen:
+            up = 9 if i % 2 else -12
+            ax.annotate(
+                str(i),
+                (cost(x, kind), x["quality"]),
+                (0, up * better),
+                textcoords="offset points",
+                ha="center",
+                va="center",
+                fontsize=11,
+            )
+    for x in (x for x in seen if x["name"] in marked):
+        ax.scatter(
+            cost(x, kind), x["quality"], s=150, facecolor="none", ec="black"
+        )
+    ax.set(xscale="log", xlabel=LABELS[kind], ylabel=metric)
+    if better < 0:
+        ax.invert_yaxis()
+    fig.legend(loc="outside lower center", ncols=3, handletextpad=0.2)
+    return fig
+
+
+def drawn(board, model):
+    """Write the figure of a model and return what shows it."""
+    rows, how = board["board"][model], board["models"][model]
+    DRAWN.mkdir(parents=True, exist_ok=True)
+    fig = pareto(rows, how["better"], how["metric"], worst=WORST[model])
+    path = DRAWN / f"{model}.png"
+    path.write_bytes(widgets.png(fig))
+    plt.close(fig)
+    best = ", ".join(
+        f"{i} {x['name']} ({number(board, f'{model}: ' + x['name'])})"
+        for i, x in enumerate(front(rows), 1)
+    )
+    alt = f"Bytes and quality of {len(rows)} rows. On the front: {best}."
+    return (
+        f"```{{image}} _build/scoreboard/{path.name}\n:alt: {alt}\n"
+        ":class: dark-light\n:width: 100%\n```"
+    )
+
+
+PARTS = {"front": front_table, "all": whole_table, "figure": drawn}
+
+
+def expand(text, board):
+    """Put what was measured into the text of a page."""
+    text = re.sub(
+        r"\[\[([a-z-]+: [^]]+)\]\]", lambda m: number(board, m[1]), text
+    )
+    return re.sub(
+        r"^\{board (\w+) ([\w-]+)\}$",
+        lambda m: PARTS[m[1]](board, m[2]),
+        text,
+        flags=re.MULTILINE,
+    )
+
+
+def insert(app, docname, source):
+    """Expand the pages that show the scoreboard."""
+    if docname in PAGES:
+        source[0] = expand(source[0], load())
+
+
+def always_read(app, env, added, changed, removed):
+    """Expand them at each build: the scoreboard may have changed."""
+    return [page for page in PAGES if page in env.found_docs]
+
+
+def connect(app):
+    app.connect("source-read", insert)
+    app.connect("env-get-outdated", always_read)
