@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import commands, pipeline
+from . import commands, pipeline, train
 from .pipeline import contest
 
 INTERRUPTED = 130  # what a shell reports of a program that Ctrl-C ended
@@ -128,7 +128,8 @@ def score(given: argparse.Namespace) -> int:
     found: list[contest.Score] = []
 
     def scored(path: Path) -> contest.Score:
-        found.append(contest.score(path, given.seed))
+        with train.threads(1):  # one small picture at a time
+            found.append(contest.score(path, given.seed))
         return found[-1]
 
     bad = [reported(path, scored, path) for path in given.file]

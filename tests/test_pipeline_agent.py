@@ -139,8 +139,7 @@ class TestLearner:
         state = np.zeros(2, np.float32)
         for a in dice.random(500):
             learner.remember([(state, a)], a)
-        for _ in range(400):
-            learner.learn(1)
+        learner.learn(400)
         grid = torch.linspace(0, 1, 11)[:, None]
         q = learner.critic(torch.cat([torch.zeros(11, 2), grid], 1))[:, 0]
         want = (grid[:, 0] - learner.mean) / learner.size
@@ -152,9 +151,9 @@ class TestLearner:
         acts = []
         for sign in (1, -1, 0):
             learner, dice = Learner(2, 0), np.random.default_rng(1)
-            for a in dice.random(300):
+            for a in dice.random(200):
                 learner.remember([(state, a)], sign * a)
-            learner.learn(300)
+            learner.learn(150)
             acts.append(learner.act(state))
         more, less, none = acts
         assert more > 0.9 and less < 0.1
@@ -211,29 +210,26 @@ class TestSearches:
             assert all(r.loss == loss(r.arch) for r in found.records)
 
     def test_same_seed_same_search(self):
-        for one, two in zip(self.both(seed=3), self.both(seed=3), strict=True):
-            assert one == two or one.records == two.records
-        assert self.both(seed=3)[0].records != self.both(seed=4)[0].records
+        few = {"evaluations": 30}
+        one, two = self.both(seed=3, **few), self.both(seed=3, **few)
+        assert [h.records for h in one] == [h.records for h in two]
+        assert one[0].records != self.both(seed=4, **few)[0].records
 
     def test_a_reward_that_is_ignored_leads_elsewhere(self):
-        real, _ = self.both()
-        blind = pipeline.amc(COSTS, lambda c: 0.0, budget=800, evaluations=60)
-        first = round(0.25 * 60)
+        how = {"budget": 800, "evaluations": 30}
+        real = pipeline.amc(COSTS, loss, **how)
+        blind = pipeline.amc(COSTS, lambda choice: 0.0, **how)
+        first = round(0.25 * 30)
         archs = [[r.arch for r in h.records] for h in (real, blind)]
         assert archs[0][:first] == archs[1][:first]
         assert archs[0][first:] != archs[1][first:]
 
     def test_learns(self):
         # the proposals after the warm-up are better than those at random
-        better = 0
-        for seed in range(5):
-            agent_, random_ = self.both(seed=seed, evaluations=80)
-            late = [
-                np.mean([r.loss for r in h.records[50:]])
-                for h in (agent_, random_)
-            ]
-            better += late[0] < late[1]
-        assert better >= 4
+        for seed in range(2):
+            found = self.both(seed=seed)
+            late = [np.mean([r.loss for r in h.records[40:]]) for h in found]
+            assert late[0] < late[1]
 
     def test_finds_the_best_of_all_if_it_sees_all(self):
         costs = {n: COSTS[n] for n in "ab"}

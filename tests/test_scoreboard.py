@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from minicompress import codes, entropy, measure, prune, storage, train, zoo
+from minicompress import codes, measure, prune, quantize, storage, train, zoo
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "chapters" / "results" / "scoreboard.json"
@@ -122,8 +122,8 @@ class TestTheBoard:
 
     @each_model
     def test_bits_order_the_files(self, model):
-        names = ("binary", "ternary", "k-means, 2 bits", "GPTQ, 3 bits")
-        sizes = [row(model, n)["bytes"] for n in (*names, "4 bits", "8 bits")]
+        names = ("ternary", "GPTQ, 3 bits", "k-means, 4 bits", "8 bits")
+        sizes = [row(model, n)["bytes"] for n in names]
         assert sizes == sorted(sizes)
 
 
@@ -161,8 +161,6 @@ class TestRepeats:
 class TestRecipes:
     def test_coded_integers_come_back(self, script):
         W = torch.randn(20, 30, generator=torch.Generator().manual_seed(0))
-        from minicompress import quantize
-
         code = quantize.mse(W, bits=3)
         assert torch.equal(script.r.coded(code).decode(), code.decode())
 
@@ -172,16 +170,6 @@ class TestRecipes:
         back = script.r.packed(W, 3).decode()
         assert torch.equal(back == 0, W == 0)
         assert len(back.unique()) == 9
-
-    def test_context_is_lossless_and_taken_only_if_shorter(self, script):
-        dice = torch.Generator().manual_seed(0)
-        W = torch.randn(64, 64, generator=dice)
-        W[:, 8:] = 0  # columns of zeros: what contexts are good at
-        code = script.r.packed(W, 2)
-        short = script.r.in_context(code)
-        assert torch.equal(short.decode(), code.decode())
-        assert storage.payload(short) < 0.8 * storage.payload(code)
-        assert isinstance(short.index, entropy.Contextual)
 
     def test_in_order_sees_what_was_changed_before(self, script, digits):
         """The second layer behind a silent first one sees its bias only."""
@@ -219,8 +207,8 @@ class TestNumbersInText:
         assert text == f"26.5 kB, {x['quality']:.1f} %"
 
     def test_one_field(self):
-        x = row("encoder", "2:4, SparseGPT")
-        text = board.number(BOARD, "encoder: 2:4, SparseGPT: file")
+        x = row("digits-mlp", "2:4, SparseGPT")
+        text = board.number(BOARD, "digits-mlp: 2:4, SparseGPT: file")
         assert text == measure.tables.size(x["bytes"])
 
     def test_an_unknown_row_is_an_error(self):
@@ -244,14 +232,31 @@ class TestNumbersInText:
         rows = ROWS["reference-lm"]
         fig = board.pareto(rows, -1, "bits per character", kind=kind, worst=3)
         ax = fig.axes[0]
-        shown = [t.get_text() for t in ax.texts]
+        shown = []
+        for label in ax.texts:  # "3", or "3–5" where they lie close
+            ends = [int(s) for s in label.get_text().split("–")]
+            shown += range(ends[0], ends[-1] + 1)
         front = board.front(rows, kind)
-        assert shown == [
-            str(i) for i, x in enumerate(front, 1) if x["quality"] <= 3
-        ]
+        assert shown == [i for i, x in enumerate(front, 1) if x["quality"] <= 3]
         low, high = ax.get_ylim()
         assert low > high  # less is better: up
         plt.close(fig)
+
+
+class TestLabels:
+    def drawn(self, points):
+        fig, ax = plt.subplots()
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+        board.number_points(ax, range(1, len(points) + 1), points)
+        plt.close(fig)
+        return [label.get_text() for label in ax.texts]
+
+    def test_far_points_have_their_own(self):
+        assert self.drawn([(0.1, 0.1), (0.5, 0.5)]) == ["1", "2"]
+
+    def test_near_points_share_one(self):
+        points = [(0.1, 0.1), (0.5, 0.5), (0.51, 0.5), (0.52, 0.5)]
+        assert self.drawn(points) == ["1", "2–4"]
 
 
 class TestPages:
@@ -271,3 +276,56 @@ class TestPages:
         for name in found:
             kinds = (".md", ".ipynb")
             assert any((ROOT / f"{name}{k}").exists() for k in kinds), name
+
+
+class TestWhatThePageSays:
+    @each_model
+    def test_eight_bits_cost_nothing(self, model):
+        near = 0.005 if model == "reference-lm" else 0.3
+        assert abs(lost(model, "8 bits")) < near
+        start = (
+            "tables in 8 bits"
+            if model in ("reference-lm", "encoder")
+            else "original, float32"
+        )
+        assert row(model, "8 bits")["bytes"] < row(model, start)["bytes"] / 2
+
+    @each_model
+    @pytest.mark.parametrize("half", ["magnitude, 50 %", "SparseGPT, 50 %"])
+    def test_few_bits_beat_few_numbers(self, model, half):
+        bits = row(model, "4 bits, groups")
+        assert bits["bytes"] < 0.6 * row(model, half)["bytes"]
+        near = 0.25 if model == "digits-mlp" else 0  # 0.2: one digit of 500
+        assert lost(model, "4 bits, groups") <= lost(model, half) + near
+
+    def test_half_of_the_units_take_the_bytes_of_eight_bits(self):
+        half = row("glyphs-cnn", "half of the units, trained")
+        bits = row("glyphs-cnn", "8 bits")
+        assert half["bytes"] == pytest.approx(bits["bytes"], rel=0.05)
+        assert half["quality"] + 5 * half["sd"] < bits["quality"]
+
+    @each_model
+    def test_inputs_are_worth_a_bit(self, model):
+        bits = row(model, "GPTQ, 3 bits")
+        assert bits["bytes"] < row(model, "4 bits, groups")["bytes"]
+        near = 0.05 if model == "reference-lm" else 0.6
+        assert lost(model, "GPTQ, 3 bits") < near + lost(
+            model, "4 bits, groups"
+        )
+
+    @pytest.mark.parametrize("model", MODELS[:3])
+    def test_training_decides_at_three_values(self, model):
+        once, trained = lost(model, "ternary"), lost(model, "ternary, trained")
+        assert trained < 0.6 * once
+
+    @pytest.mark.parametrize("model", MODELS[:3])
+    def test_the_smallest_file_of_the_front_is_trained(self, model):
+        assert board.front(ROWS[model])[0]["trained"]
+
+    def test_multiplications_are_not_time(self):
+        thin = row("digits-mlp", "SVD, half")
+        assert thin["macs"] < 0.6 * ROWS["digits-mlp"][0]["macs"]
+        assert thin["latency"] > 1
+        large = row("encoder", "data-aware SVD, half")
+        assert large["macs"] < 0.6 * ROWS["encoder"][0]["macs"]
+        assert large["latency"] < 0.9

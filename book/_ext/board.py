@@ -7,10 +7,12 @@ encoder}`` for what takes a paragraph.
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from minicompress import measure, plot, widgets
 
@@ -30,6 +32,13 @@ LABELS = {
     "bytes": "bytes of the file",
     "macs": "multiplications for one sample",
     "latency": "time of one call, the original takes 1",
+}
+TICKS = {
+    "bytes": lambda x, _: measure.tables.size(round(x)).replace(".0", ""),
+    "macs": lambda x, _: (
+        f"{x / 1e3:,.0f} k" if x < 1e6 else f"{x / 1e6:,.0f} M"
+    ),
+    "latency": lambda x, _: f"{x:g}",
 }
 NAMES = {  # families in the legend
     "original": "original, formats",
@@ -161,53 +170,61 @@ def pareto(rows, better, metric, *, kind="bytes", worst=None, marked=()):
     marked   names of rows to be ringed
     """
     fig, ax = plot.figure(width=5.2, height=4.6)
-    seen = [
-        x
-        for x in rows
-        if worst is None or better * x["quality"] >= (better * worst)
-    ]
+
+    def place(x):
+        return cost(x, kind), x["quality"]
+
+    def shown(x):
+        return worst is None or better * (x["quality"] - worst) >= 0
+
     for family, text in NAMES.items():
-        own = [x for x in seen if x["family"] == family]
+        own = [place(x) for x in rows if x["family"] == family and shown(x)]
         if own:
-            ax.scatter(
-                [cost(x, kind) for x in own],
-                [x["quality"] for x in own],
-                s=36,
-                color=plot.COLORS[family],
-                alpha=0.75,
-                lw=0,
-                label=text,
-            )
-    best = [x for x in front(rows, kind) if x in seen]
-    ax.step(
-        [cost(x, kind) for x in best],
-        [x["quality"] for x in best],
-        where="post",
+            color = plot.COLORS[family]
+            ax.scatter(*zip(*own, strict=True), 36, color, lw=0, label=text)
+    for x in rows:
+        if x["name"] in marked and shown(x):
+            ax.scatter(*place(x), 150, facecolor="none", edgecolor="black")
+    ax.set(xscale="log", xlabel=LABELS[kind], ylabel=metric)
+    ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
+    ax.xaxis.set_major_formatter(FuncFormatter(TICKS[kind]))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(axis="x", labelsize=10)
+    if better < 0:
+        ax.invert_yaxis()
+    best = [(i, x) for i, x in enumerate(front(rows, kind), 1) if shown(x)]
+    line = [place(x) for _, x in best]
+    ax.plot(
+        *zip(*line, strict=True),
+        drawstyle="steps-post",
         color="#444444",
         lw=1,
         zorder=0,
     )
-    for i, x in enumerate(front(rows, kind), 1):
-        if x in seen:
-            up = 9 if i % 2 else -12
-            ax.annotate(
-                str(i),
-                (cost(x, kind), x["quality"]),
-                (0, up * better),
-                textcoords="offset points",
-                ha="center",
-                va="center",
-                fontsize=11,
-            )
-    for x in (x for x in seen if x["name"] in marked):
-        ax.scatter(
-            cost(x, kind), x["quality"], s=150, facecolor="none", ec="black"
-        )
-    ax.set(xscale="log", xlabel=LABELS[kind], ylabel=metric)
-    if better < 0:
-        ax.invert_yaxis()
+    number_points(ax, [i for i, _ in best], line)
     fig.legend(loc="outside lower center", ncols=3, handletextpad=0.2)
     return fig
+
+
+def number_points(ax, numbers, points, near=17):
+    """Write numbers above points; those `near` each other share a label."""
+    seen = ax.transData.transform(points)
+    groups = []
+    for i, place, pixels in zip(numbers, points, seen, strict=True):
+        if groups and math.dist(groups[-1][2], pixels) < near:
+            groups[-1][1:] = place, pixels, i
+        else:
+            groups.append([i, place, pixels, i])
+    for first, place, _, last in groups:
+        text = str(first) if first == last else f"{first}–{last}"
+        ax.annotate(
+            text,
+            place,
+            (-3, 5),
+            textcoords="offset points",
+            ha="right",
+            fontsize=11,
+        )
 
 
 def drawn(board, model):
@@ -216,7 +233,7 @@ def drawn(board, model):
     DRAWN.mkdir(parents=True, exist_ok=True)
     fig = pareto(rows, how["better"], how["metric"], worst=WORST[model])
     path = DRAWN / f"{model}.png"
-    path.write_bytes(widgets.png(fig))
+    path.write_bytes(widgets.png(fig, colors=96))
     plt.close(fig)
     best = ", ".join(
         f"{i} {x['name']} ({number(board, f'{model}: ' + x['name'])})"

@@ -103,8 +103,9 @@ def deep(
     """Prune and cluster a network, with its own outputs as teacher."""
     if isinstance(task, data.Reference):
         ids = data.Tokenizer().encode(task.train)
-        context = model.config["context"]
-        feed = train.passages(ids, length=context, size=16, steps=STEPS)
+        how = {"length": model.config["context"], "size": 16}
+        # a step with so many tokens takes as long as some with pictures
+        feed = train.passages(ids, steps=max(1, STEPS // 4), **how)
     else:
         X, y = task.train
         epochs = math.ceil(STEPS * SIZE / len(X))
@@ -112,7 +113,8 @@ def deep(
         model = quantize.fold_norms(model, X[:2])
     fit = pipeline.finetuning(feed, teacher=model, progress=True)
     how = {"sparsity": SPARSITY, "bits": BITS, "coders": coders}
-    *_, last = pipeline.deep_compression(model, fit, steps=len(feed), **how)
+    with train.threads(1):  # small networks
+        *_, last = pipeline.deep_compression(model, fit, steps=len(feed), **how)
     return last.model, last.state
 
 
@@ -152,7 +154,8 @@ def qualities(source: str, paths: Sequence[Path]) -> list[str]:
         task = zoo.task(source)
     except ImportError as error:
         return [f"{metric} is not measured: {error}"]
-    old, new = (zoo.quality(storage.load(path), task) for path in paths)
+    with train.threads(1):
+        old, new = (zoo.quality(storage.load(path), task) for path in paths)
     form = ".2%" if metric == "accuracy" else ".3f"
     return [f"{metric} on the test split {old:{form}}, now {new:{form}}"]
 
