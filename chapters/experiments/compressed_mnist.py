@@ -7,8 +7,8 @@ little, a teacher (LeNet-5) in every stage, positions and values in one
 context-modeled list.  Sizes are lengths of files that decode at the original
 shapes; what is chosen is chosen by validation errors.
 
-LeNet-5 first loses filters and units, because a small network trains faster;
-its file holds them as zeros.  One more row is a network of any shape.
+Both first lose filters and units, because a small network trains faster; the
+file holds them as zeros.
 
     MINICOMPRESS_DATA=… python chapters/experiments/compressed_mnist.py
 """
@@ -36,7 +36,6 @@ from minicompress import (
     measure,
     models,
     pipeline,
-    quantize,
     storage,
     train,
 )
@@ -73,15 +72,11 @@ PLANS = {
     "lenet-5, smaller": Plan(
         models.LeNet5, (8, 16, 64), 0.92, (3, 3, 3, 3), (0, 6, 60, 20)
     ),
-    "any": Plan(
-        models.CNN, (6, 8, 12, 16), 0.5, (3, 2, 2, 2, 3), (8, 0, 20, 8)
-    ),
 }
 NAMES = {
     "lenet-300-100": "mnist-lenet-300-100",
     "lenet-5": "mnist-lenet-5",
     "lenet-5, smaller": "mnist-lenet-5-smaller",
-    "any": "mnist-cnn",
 }
 FOLDER = Path(__file__).parents[2] / "minicompress" / "zoo" / "compressed"
 SHORT = replace(PLANS["lenet-300-100"], epochs=(8, 3, 40, 10))
@@ -201,8 +196,6 @@ def cut(model, widths):
 
 def network(kind, widths=()):
     """Build LeNet-300-100 or LeNet-5, or one with other widths."""
-    if kind is models.CNN:
-        return models.CNN(channels=widths, classes=10)
     if kind is models.MLP:
         return models.MLP(widths=(784, *(widths or (300, 100)), 10))
     model = models.LeNet5()
@@ -303,17 +296,12 @@ def stages(plan, task, master, copies, seed):
     make = partial(fitting, copies, task.train[1], plan)
     torch.manual_seed(seed)
     fit, _ = make(epochs=first, lr=2e-3, seed=4 * seed)
-    if plan.network is models.CNN:  # of its size from the start
-        model = fit(network(plan.network, plan.widths))
-        model = quantize.fold_norms(model, task.val[0][:1])
-        yield "original", model
-    else:
-        start = plan.network is models.LeNet5
-        model = master if start else fit(network(plan.network))
-        yield "original", model
-        fit, _ = make(epochs=again, lr=2e-3, seed=4 * seed + 1)
-        model = fit(cut(model, plan.widths))
-        yield "fewer units", model
+    start = plan.network is models.LeNet5
+    model = master if start else fit(network(plan.network))
+    yield "original", model
+    fit, _ = make(epochs=again, lr=2e-3, seed=4 * seed + 1)
+    model = fit(cut(model, plan.widths))
+    yield "fewer units", model
     fit, steps = make(epochs=second, lr=2e-3, seed=4 * seed + 2)
     how = {"sparsity": plan.sparsity, "steps": steps, "every": 50}
     model, _ = pipeline.pruned(model, fit, **how)
@@ -355,8 +343,7 @@ def run(plan, task, master, copies, path, seed):
     for name, model in stages(plan, task, master, copies, seed):
         along[name] = errors(model, task)
     seconds = round(time.process_time() - start)
-    cnn = plan.network is models.CNN
-    row = packed(model, model if cnn else network(plan.network), path)
+    row = packed(model, network(plan.network), path)
     done = errors(storage.loads(path.read_bytes()), task)
     return {**row, **done, "stages": along, "seconds": seconds}
 
