@@ -18,7 +18,9 @@ from ..codes import Code, State
 Coder = Callable[[Code], Code]
 Dumps = Callable[[nn.Module, State], bytes]
 
+#: What `smallest` tries by default: Huffman and rANS.
 FAST: tuple[Coder, ...] = (entropy.huffman, entropy.rans)
+#: `FAST`, and context modeling.
 SLOW: tuple[Coder, ...] = (
     *FAST,
     entropy.contextual,

@@ -139,6 +139,7 @@ def svd(W: Tensor) -> Code:
     return replace(factors, u=int8(factors.u), v=int8(factors.v))
 
 
+#: The recipes by name.
 RECIPES = {
     "int8": Recipe(int8, "8 bits, a scale for each row", "1712.05877"),
     "int4": Recipe(int4, "4 bits, a grid for each group of 64", "1909.05840"),
