@@ -18,7 +18,7 @@ from ..codes import Code, State
 Coder = Callable[[Code], Code]
 Dumps = Callable[[nn.Module, State], bytes]
 
-#: What `smallest` tries by default: Huffman and rANS.
+#: Huffman and rANS, which `smallest` tries by default.
 FAST: tuple[Coder, ...] = (entropy.huffman, entropy.rans)
 #: `FAST`, and context modeling.
 SLOW: tuple[Coder, ...] = (

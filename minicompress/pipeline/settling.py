@@ -31,8 +31,9 @@ def settled(
 
     Returns
     -------
-    An ordinary model
-        Each weight has 2^bits values at most, and 0 where it was 0.
+    nn.Module
+        An ordinary one; of each weight 2^bits values at most, and 0 where
+        it was 0.
 
     References
     ----------

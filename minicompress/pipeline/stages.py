@@ -53,7 +53,8 @@ def pruned(
 
     Returns
     -------
-    An ordinary model with zeros, and the masks {name: bool Tensor}.
+    (nn.Module, dict)
+        An ordinary model with zeros, and its masks by name, True = kept.
 
     Raises
     ------
@@ -118,8 +119,9 @@ def clustered(
 
     Returns
     -------
-    An ordinary model, and its state
-        {name: Tensor or Code}, which decodes to the same weights.
+    (nn.Module, dict)
+        An ordinary model, and its state {name: Tensor or Code}, which
+        decodes to the same weights.
 
     References
     ----------
@@ -165,8 +167,9 @@ def rounded(
 
     Returns
     -------
-    An ordinary model, and its state
-        {name: Tensor or Code}, which decodes to the same weights.
+    (nn.Module, dict)
+        An ordinary model, and its state {name: Tensor or Code}, which
+        decodes to the same weights.
 
     References
     ----------
