@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
+from functools import partial
 
 import pytest
 import torch
@@ -411,7 +412,11 @@ class TestCompress:
         command = [sys.executable, "-W", "error", "-m", "minicompress"]
         words = ["compress", "digits-cnn", "--recipe", "deep"]
         run = subprocess.Popen(
-            [*command, *words], stderr=subprocess.PIPE, text=True
+            [*command, *words],
+            stderr=subprocess.PIPE,
+            text=True,
+            # a shell's background jobs, such as these tests, may ignore it
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         said = ""
         while "it/s" not in said:  # in the middle of a training
