@@ -4,7 +4,8 @@ Colors are those of Okabe and Ito, which stay apart for readers with any
 common color blindness; each family of techniques keeps one of them.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
@@ -12,6 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from cycler import cycler
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import LogLocator, NullFormatter
 
 COLORS = {
     "original": "#6e6e6e",
@@ -242,6 +244,58 @@ def ledger(entries: Sequence[tuple[str, int]], *, ax=None):
     return _bars(names, sizes, labels, family, label, False, ax)
 
 
+def pareto(
+    points: Mapping[str, Sequence[tuple[float, float]]],
+    front: Mapping[int, tuple[float, float]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    names: Mapping[str, str] | None = None,
+    tick: Callable[[float], str] = "{:g}".format,
+    less: bool = False,
+):
+    """Draw cost and quality of many, and number those that nothing beats.
+
+    Parameters
+    ----------
+    points : mapping of str to sequence of (float, float)
+        Key of `COLORS`, and the (cost, quality) of that family.
+    front : mapping of int to (float, float)
+        Number and place of each point of the front, from the cheapest on;
+        numbers that would overlap share a label.
+    xlabel, ylabel : str
+        What cost and quality are, with units.  Costs are on a log axis.
+    names : mapping, optional
+        Family to its name in the legend.
+    tick : callable
+        From a cost to its label on the axis.
+    less : bool
+        Whether less quality is better; better is up in any case.
+
+    Returns
+    -------
+    Axes
+        The axes drawn on.
+    """
+    fig, ax = figure(width=5.2, height=4.6)
+    for family, own in points.items():
+        label = (names or {}).get(family, family)
+        color = _color(family)
+        ax.scatter(*zip(*own, strict=True), 36, color, lw=0, label=label)
+    ax.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
+    ax.xaxis.set_major_formatter(lambda x, _: tick(x))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.tick_params(axis="x", labelsize=10)
+    if less:
+        ax.invert_yaxis()
+    line = {"drawstyle": "steps-post", "color": "#444444", "lw": 1}
+    ax.plot(*zip(*front.values(), strict=True), zorder=0, **line)
+    _number(ax, front)
+    fig.legend(loc="outside lower center", ncols=3, handletextpad=0.2)
+    return ax
+
+
 def taxonomy(*, ax=None):
     """Draw the map of techniques: families, methods, chapters.
 
@@ -320,6 +374,21 @@ def _bars(names, sizes, labels, family, xlabel, log, ax):
         ax.set_xlim(min(low, 0), high / share)
     ax.set_xlabel(xlabel)
     return ax
+
+
+def _number(ax, points: Mapping[int, tuple[float, float]], near=17) -> None:
+    """Write numbers above points; those `near` each other share a label."""
+    seen = ax.transData.transform([*points.values()])
+    groups = []
+    for (i, place), pixels in zip(points.items(), seen, strict=True):
+        if groups and math.dist(groups[-1][2], pixels) < near:
+            groups[-1][1:] = place, pixels, i
+        else:
+            groups.append([i, place, pixels, i])
+    for first, place, _, last in groups:
+        text = str(first) if first == last else f"{first}–{last}"
+        offset = {"xytext": (-3, 5), "textcoords": "offset points"}
+        ax.annotate(text, place, **offset, ha="right", fontsize=11)
 
 
 def _color(family: str) -> str:

@@ -178,6 +178,16 @@ class TestPruned:
         mask = masks["read.weight"]
         assert w[mask].max() <= w[~mask].min()
 
+    @pytest.mark.parametrize("calls", [0, 5])
+    def test_a_fit_that_ends_before_the_last_cut_is_an_error(self, calls):
+        def fit(model, on_step=None):
+            for step in range(1, calls + 1):
+                on_step(step, model, 0.0)
+            return model
+
+        with pytest.raises(ValueError, match=f"up to step {calls}, .* at ste"):
+            pipeline.pruned(mine(), fit, sparsity=0.8, steps=10)
+
     def test_unknown_names_are_errors(self):
         with pytest.raises(ValueError, match=r"'lost\.weight' has no scores"):
             pipeline.pruned(mine(), tune(), sparsity={"lost.weight": 0.5})

@@ -180,3 +180,67 @@ def test_the_map_page_shows_the_current_taxonomy(tmp_path):
     ]
     assert len(words[0]) > 30
     assert words[0] == words[1]
+
+
+FRONT = {2: (1e3, 70.0), 3: (1e5, 90.0)}
+POINTS = {"prune": [(1e3, 70.0), (2e4, 75.0)], "share": [(1e5, 90.0)]}
+
+
+class TestPareto:
+    def drawn(self, front, **how):
+        ax = plot.pareto(POINTS, front, xlabel="bytes", ylabel="% right", **how)
+        plt.close(ax.figure)
+        return ax
+
+    def labels(self, places):
+        front = dict(enumerate(places, 1))
+        points = {"prune": [(1e2, 0.0), (1e6, 100.0)]}
+        ax = plot.pareto(points, front, xlabel="bytes", ylabel="% right")
+        plt.close(ax.figure)
+        return [label.get_text() for label in ax.texts]
+
+    def test_all_points_are_there_in_the_colors_of_their_families(self):
+        ax = self.drawn(FRONT, names={"share": "sharing"})
+        found = {
+            tuple(map(float, place)): mpl.colors.to_hex(dots.get_facecolor()[0])
+            for dots in ax.collections
+            for place in dots.get_offsets()
+        }
+        assert found == {
+            place: plot.COLORS[family]
+            for family, own in POINTS.items()
+            for place in own
+        }
+        legend = [text.get_text() for text in ax.figure.legends[0].texts]
+        assert legend == ["prune", "sharing"]
+
+    def test_the_front_is_a_staircase_with_its_numbers(self):
+        ax = self.drawn(FRONT)
+        (line,) = ax.lines
+        assert [*zip(*line.get_data(), strict=True)] == [*FRONT.values()]
+        assert line.get_drawstyle() == "steps-post"
+        assert [label.get_text() for label in ax.texts] == ["2", "3"]
+
+    def test_better_is_up(self):
+        for less in (False, True):
+            low, high = self.drawn(FRONT, less=less).get_ylim()
+            assert (low > high) == less
+
+    def test_ticks_are_written_as_asked(self):
+        ax = self.drawn(FRONT, tick=lambda x: f"{x / 1000:g} kB")
+        ax.figure.canvas.draw()
+        texts = [t.get_text() for t in ax.get_xticklabels()]
+        assert {"1 kB", "10 kB", "100 kB"} <= {*texts}
+
+    def test_far_points_have_their_own_number(self):
+        assert self.labels([(1e3, 10.0), (1e5, 60.0)]) == ["1", "2"]
+
+    def test_near_points_share_one(self):
+        places = [(1e3, 10.0), (1e5, 60.0), (1.1e5, 60.0), (1.2e5, 60.5)]
+        assert self.labels(places) == ["1", "2–4"]
+
+    def test_an_unknown_family_is_an_error(self):
+        with pytest.raises(ValueError, match="magic"):
+            plot.pareto(
+                {"magic": [(1, 1)]}, {1: (1, 1)}, xlabel="x", ylabel="y"
+            )

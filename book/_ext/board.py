@@ -7,12 +7,10 @@ encoder}`` for what takes a paragraph.
 """
 
 import json
-import math
 import re
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from minicompress import measure, plot, widgets
 
@@ -26,7 +24,6 @@ TITLES = {
     "reference-lm": "the language model",
     "encoder": "the pretrained encoder",
 }
-WORST = {"digits-mlp": 90, "glyphs-cnn": 70, "reference-lm": 3, "encoder": 45}
 COSTS = {"bytes": "front", "macs": "lean", "latency": "fast"}
 LABELS = {
     "bytes": "bytes of the file",
@@ -34,11 +31,9 @@ LABELS = {
     "latency": "time of one call, the original takes 1",
 }
 TICKS = {
-    "bytes": lambda x, _: measure.tables.size(round(x)).replace(".0", ""),
-    "macs": lambda x, _: (
-        f"{x / 1e3:,.0f} k" if x < 1e6 else f"{x / 1e6:,.0f} M"
-    ),
-    "latency": lambda x, _: f"{x:g}",
+    "bytes": lambda x: measure.tables.size(round(x)).replace(".0", ""),
+    "macs": lambda x: f"{x / 1e3:,.0f} k" if x < 1e6 else f"{x / 1e6:,.0f} M",
+    "latency": lambda x: f"{x:g}",
 }
 NAMES = {  # families in the legend
     "original": "original, formats",
@@ -160,78 +155,41 @@ def metric(board, model):
     return board["models"][model]["metric"]
 
 
-def pareto(rows, better, metric, *, kind="bytes", worst=None, marked=()):
-    """Draw cost and quality of all rows, and number those of the front.
+def pareto(rows, how, *, kind="bytes"):
+    """Draw cost and quality of a model's rows, and number the front.
 
     rows     of one model
-    better   1, or -1 where less quality is better
+    how      its entry in the scoreboard's "models"
     kind     "bytes", "macs" or "latency"
-    worst    quality at the end of the axis: what is worse is left out
-    marked   names of rows to be ringed
     """
-    fig, ax = plot.figure(width=5.2, height=4.6)
 
     def place(x):
         return cost(x, kind), x["quality"]
 
     def shown(x):
-        return worst is None or better * (x["quality"] - worst) >= 0
+        return how["better"] * (x["quality"] - how["worst"]) >= 0
 
-    for family, text in NAMES.items():
-        own = [place(x) for x in rows if x["family"] == family and shown(x)]
-        if own:
-            color = plot.COLORS[family]
-            ax.scatter(*zip(*own, strict=True), 36, color, lw=0, label=text)
-    for x in rows:
-        if x["name"] in marked and shown(x):
-            ax.scatter(*place(x), 150, facecolor="none", edgecolor="black")
-    ax.set(xscale="log", xlabel=LABELS[kind], ylabel=metric)
-    ax.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5), numticks=20))
-    ax.xaxis.set_major_formatter(FuncFormatter(TICKS[kind]))
-    ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.tick_params(axis="x", labelsize=10)
-    if better < 0:
-        ax.invert_yaxis()
-    best = [(i, x) for i, x in enumerate(front(rows, kind), 1) if shown(x)]
-    line = [place(x) for _, x in best]
-    ax.plot(
-        *zip(*line, strict=True),
-        drawstyle="steps-post",
-        color="#444444",
-        lw=1,
-        zorder=0,
-    )
-    number_points(ax, [i for i, _ in best], line)
-    fig.legend(loc="outside lower center", ncols=3, handletextpad=0.2)
-    return fig
-
-
-def number_points(ax, numbers, points, near=17):
-    """Write numbers above points; those `near` each other share a label."""
-    seen = ax.transData.transform(points)
-    groups = []
-    for i, place, pixels in zip(numbers, points, seen, strict=True):
-        if groups and math.dist(groups[-1][2], pixels) < near:
-            groups[-1][1:] = place, pixels, i
-        else:
-            groups.append([i, place, pixels, i])
-    for first, place, _, last in groups:
-        text = str(first) if first == last else f"{first}–{last}"
-        ax.annotate(
-            text,
-            place,
-            (-3, 5),
-            textcoords="offset points",
-            ha="right",
-            fontsize=11,
-        )
+    points = {
+        family: [place(x) for x in rows if x["family"] == family and shown(x)]
+        for family in NAMES
+    }
+    best = enumerate(front(rows, kind), 1)
+    return plot.pareto(
+        {family: own for family, own in points.items() if own},
+        {i: place(x) for i, x in best if shown(x)},
+        xlabel=LABELS[kind],
+        ylabel=how["metric"],
+        names=NAMES,
+        tick=TICKS[kind],
+        less=how["better"] < 0,
+    ).figure
 
 
 def drawn(board, model):
     """Write the figure of a model and return what shows it."""
     rows, how = board["board"][model], board["models"][model]
     DRAWN.mkdir(parents=True, exist_ok=True)
-    fig = pareto(rows, how["better"], how["metric"], worst=WORST[model])
+    fig = pareto(rows, how)
     path = DRAWN / f"{model}.png"
     path.write_bytes(widgets.png(fig, colors=96))
     plt.close(fig)

@@ -20,10 +20,10 @@ from torch import nn
 from minicompress import (
     codes,
     distill,
-    entropy,
     lowrank,
     models,
     nas,
+    pipeline,
     prune,
     quantize,
     share,
@@ -32,7 +32,6 @@ from minicompress import (
 )
 
 GROUP, LEAST = 32, 32  # of a scale; matrices that are factored
-CODERS = (entropy.huffman, entropy.rans)
 DIGITS, GLYPHS, TEXT, ENCODER = (
     "digits-mlp",
     "glyphs-cnn",
@@ -50,23 +49,13 @@ def halves(s, seed):
     return s.model, state
 
 
-def coded(code):
-    """Give the integers of an even grid the shortest code there is."""
-    ints = min((c(code.q) for c in CODERS), key=storage.payload)
-    return replace(code, q=ints)
-
-
-def booked(w, bits):
-    """Share few values, and code which one it is."""
-    book = share.kmeans(w, bits=bits)
-    ints = min((c(book.index) for c in CODERS), key=storage.payload)
-    return replace(book, index=ints)
-
-
 def packed(w, bits):
     """Store what is not 0: positions and shared values, coded."""
-    s = smallest(w, w != 0)
-    return replace(s, values=booked(s.values, bits)) if len(s.values) else s
+    sparse = codes.sparse(w, w != 0)
+    if len(sparse.values):
+        book = share.kmeans(sparse.values, bits=bits)
+        sparse = replace(sparse, values=book)
+    return pipeline.smallest(sparse)
 
 
 def kept(s, model):
@@ -75,14 +64,18 @@ def kept(s, model):
     return {n: smallest(w, w != 0) for n, w in found.items()}
 
 
-def cut(s, sparsity):
-    """Prune by magnitude, all matrices together; the mask is held."""
-    size = {n: w.abs() for n, w in s.weights.items()}
-    return prune.masked(s.model, prune.keep_global(size, sparsity=sparsity))
+def thinned_out(s, fit, sparsity):
+    """Prune by magnitude, all matrices together, and train the rest."""
+
+    def size(model):
+        return {n: model.get_parameter(n).detach().abs() for n in s.names}
+
+    how = {"sparsity": sparsity, "score": size}
+    return pipeline.pruned(s.model, fit, **how)[0]
 
 
 def magnitude(s, seed, sparsity):
-    model = through.bake(cut(s, sparsity))
+    model = thinned_out(s, lambda model, on_step: model, sparsity)
     return model, kept(s, model)
 
 
@@ -228,7 +221,7 @@ def in_four_bits(s, model):
     """Round the matrices of what is left, and code the integers."""
 
     def rule(W):
-        return coded(quantize.mse(W, bits=4))
+        return pipeline.smallest(quantize.mse(W, bits=4))
 
     names = layers(model, s.leave)
     found = {n: model.get_parameter(n).detach() for n in names}
@@ -236,17 +229,23 @@ def in_four_bits(s, model):
 
 
 def pruned(s, seed, lr, sparsity):
-    model = through.bake(s.fit(cut(s, sparsity), lr, seed))
+    def fit(model, on_step):
+        return s.fit(model, lr, seed)
+
+    model = thinned_out(s, fit, sparsity)
     return model, kept(s, model)
 
 
 def deep(s, seed, lr, sparsity, bits):
     """Prune, train, share values, train those, code: half the steps each."""
-    half = {"steps": s.steps // 2}
-    model = through.bake(s.fit(cut(s, sparsity), lr, seed, **half))
-    made = {n: packed(model.get_parameter(n).detach(), bits) for n in s.names}
-    tuned = s.fit(share.cluster(model, made), lr, 50 + seed, **half)
-    return through.bake(tuned), share.encode_clustered(tuned, made)
+
+    def fit(model, on_step=None, seed=seed):
+        return s.fit(model, lr, seed, steps=s.steps // 2)
+
+    model = thinned_out(s, fit, sparsity)
+    few, again = dict.fromkeys(s.names, bits), partial(fit, seed=50 + seed)
+    model, state = pipeline.clustered(model, again, bits=few)
+    return model, pipeline.coded({n: state[n] for n in s.names})
 
 
 def five(code):
@@ -331,6 +330,8 @@ def searched(s, seed, lr):
     rule = partial(quantize.min_max, bits=arch["bits"], each="tensor")
     found = {n: p.detach() for n, p in net.named_parameters()}
     return net, {
-        n: shaped(lambda W: coded(rule(W)), w) if w.ndim > 1 else w.half()
+        n: shaped(lambda W: pipeline.smallest(rule(W)), w)
+        if w.ndim > 1
+        else w.half()
         for n, w in found.items()
     }

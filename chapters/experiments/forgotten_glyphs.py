@@ -122,8 +122,6 @@ class Bench:
     def tune(self, net, seed, teacher=None):
         return self.fit(net, seed, MORE, TUNE, teacher)
 
-    # ---- every way: from a seed and the fraction to keep to a network
-
     def another(self, seed, kept):
         return self.dense(seed + TWIN)
 

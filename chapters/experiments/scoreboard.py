@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import product
 from statistics import mean, median, stdev
 
 import _recipes as r
@@ -32,7 +31,15 @@ from _pruning import Store
 from _recipes import DIGITS, ENCODER, GLYPHS, TEXT, then
 from tqdm import tqdm
 
-from minicompress import codes, measure, nas, quantize, share, train
+from minicompress import (
+    codes,
+    measure,
+    nas,
+    pipeline,
+    quantize,
+    share,
+    train,
+)
 
 ROUNDS, REPEATS = 5, 15
 ALL = (DIGITS, GLYPHS, TEXT, ENCODER)
@@ -126,7 +133,9 @@ MADE = {
     "ternary": Recipe(Q, 7, row(r.ternary)),
     "binary": Recipe(Q, 7, row(quantize.binary)),
     "k-means, 4 bits": Recipe(S, 8, row(share.kmeans, bits=4)),
-    "k-means, 4 bits, coded": Recipe(S, 8, row(r.booked, bits=4)),
+    "k-means, 4 bits, coded": Recipe(
+        S, 8, every(lambda W: pipeline.smallest(share.kmeans(W, bits=4)))
+    ),
     "k-means, 3 bits": Recipe(S, 8, row(share.kmeans, bits=3), **BRIEF),
     "k-means, 2 bits": Recipe(S, 8, row(share.kmeans, bits=2)),
     "product, 2 bits": Recipe(S, 8, row(r.product), **BRIEF),
@@ -139,7 +148,11 @@ MADE = {
         L, 9, r.factored("separable, data-aware"), **CONV, **LOOK
     ),
     "GPTQ, 3 bits, coded": Recipe(
-        C, 11, in_order(lambda W, x: r.coded(r.gptq(3)(W, x))), **BRIEF, **LOOK
+        C,
+        11,
+        in_order(lambda W, x: pipeline.smallest(r.gptq(3)(W, x))),
+        **BRIEF,
+        **LOOK,
     ),
     "SparseGPT 50 %, 4 bits, coded": Recipe(
         C,
@@ -219,35 +232,6 @@ TRAINED = {
     ),
 }
 RECIPES = MADE | TRAINED
-LATER = (  # what can wait until all models have the other rows
-    "half of the units",
-    "magnitude, 80 %",
-    "magnitude, 90 %",
-    "Wanda, 50 %",
-    "SparseGPT, 80 %",
-    "2:4, magnitude",
-    "2:4, SparseGPT",
-    "4 bits",
-    "AWQ, 4 bits, groups",
-    "MXFP4",
-    "binary",
-    "k-means, 4 bits, coded",
-    "k-means, 3 bits",
-    "k-means, 2 bits",
-    "product, 2 bits",
-    "SVD, half",
-    "blocks tied",
-    "original, trained on",
-    "half of the units, taught",
-    "magnitude, 50 %, trained",
-    "magnitude, 80 %, trained",
-    "magnitude, 90 %, trained",
-    "LSQ, 4 bits",
-    "k-means, 2 bits, trained",
-    "spatial, 40 %, trained",
-    "half of the units, 4 bits, coded",
-    "a third of the blocks less, 4 bits, coded",
-)
 AS_IT_IS = ("original, float32", "half precision")  # the tables too
 
 
@@ -378,14 +362,10 @@ def finished(s, store, took):
     return rows
 
 
-def absent(name, rows):
+def absent(rows):
     """Say why a recipe has no row."""
     found = {x["name"] for x in rows}
-    return {
-        x: "not measured yet" if name in how.on else how.why
-        for x, how in RECIPES.items()
-        if x not in found
-    }
+    return {x: how.why for x, how in RECIPES.items() if x not in found}
 
 
 def main():
@@ -396,12 +376,11 @@ def main():
     if "--times" in sys.argv:
         for name in SUBJECTS:
             store.values.pop(f"{name}, times", None)
-    passes = [[x for x in RECIPES if (x in LATER) == late] for late in (0, 1)]
-    for some, (name, s) in product(passes, subjects.items()):
+    for name, s in subjects.items():
         key = f"{name}, times"
         folder = store.path.with_suffix("") / name
         folder.mkdir(parents=True, exist_ok=True)
-        for x in tqdm(some, desc=name):
+        for x in tqdm(RECIPES, desc=name):
             if name in RECIPES[x].on:
                 store.get(f"{name}/{x}", partial(result, s, x, folder))
         rows = [store.values.get(f"{name}/{x}") for x in RECIPES]
@@ -412,12 +391,13 @@ def main():
         found["models"][name] = {
             "metric": s.metric,
             "better": s.better,
+            "worst": s.worst,
             "steps": s.steps,
             "rates": s.rates,
             "from the start": s.scratch,
         }
         found["board"][name] = finished(s, store, took)
-        found["absent"][name] = absent(name, found["board"][name])
+        found["absent"][name] = absent(found["board"][name])
         _stamp.write(__file__, found)
 
 

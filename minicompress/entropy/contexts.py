@@ -69,13 +69,14 @@ def contextual(ints: Code) -> Contextual:
 
     An integer is coded as "is it 0?" and then bit by bit, highest first.
     Takes some microseconds for each of these decisions: it is meant for
-    small models, where each byte counts.
+    small models, where each byte counts.  A short list has little to learn
+    from.
 
     Parameters
     ----------
     ints : Ints, or any code of integers
-        The shape matters, up to four axes: give the mask of a (300, 784)
-        matrix that looks at 28×28 pixels as (300, 28, 28).
+        The shape matters: give the mask of a (300, 784) matrix that looks
+        at 28×28 pixels as (300, 28, 28).
 
     References
     ----------

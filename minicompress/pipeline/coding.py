@@ -1,9 +1,9 @@
 """The same numbers in the fewest bytes: one way of writing for each part.
 
-Nothing here changes a weight.  Which coder is best depends on
-the numbers: a table of frequencies costs more than it saves on a short list,
-and the positions of what is left can be written as one bit each, as gaps, or
-together with the values.  So all ways are tried, and the lengths decide.
+Nothing here changes a weight.  Which coder is best depends on the numbers: a
+table of frequencies costs more than it saves on a short list, and positions
+can be written as one bit each, as gaps, or together with the values.  So the
+ways are tried, and the lengths decide.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -37,8 +37,8 @@ def smallest(
 ) -> Tensor | Code:
     """Write every integer of a code in the way that takes the fewest bytes.
 
-    Each list of integers is tried as it is, with no more bits than its
-    largest one needs, and with every coder.  The positions of a `Sparse` are
+    Each list of integers gets no more bits than its largest one needs, and
+    is tried so and with every coder.  The positions of a `Sparse` are
     tried as one bit each, coded or not, and as gaps of 1 to 8 bits, the two
     most promising widths coded too; if its values are shared, also as one
     list with theirs: see `merged`.  Context modeling sees them on the grid

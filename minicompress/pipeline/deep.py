@@ -12,6 +12,8 @@ from .stages import Bits, Fit, clustered, pruned
 from .states import halved, plain, realized, sparse_state
 from .units import connected
 
+Loss = Callable[[nn.Module, object], Tensor]
+
 
 @dataclass(frozen=True, eq=False)
 class Stage:
@@ -42,6 +44,7 @@ def finetuning(
     teacher: nn.Module | None = None,
     temperature: float = 4.0,
     alpha: float = 0.9,
+    loss: Loss = train.cross_entropy,
     **options,
 ) -> Fit:
     """Make the fine-tuning that the stages call.
@@ -52,11 +55,14 @@ def finetuning(
         batches (inputs, labels), as of `train.batches`; gone through again
         in each stage.
     teacher
-        the original; without one only the labels teach.
+        the original: loss = (1 - alpha) CE(y, z) + alpha T² KL(p_T || q_T)
     temperature, alpha
-        loss = (1 - alpha) CE(y, z) + alpha T² KL(p_T || q_T).
+        T and alpha in that.
+    loss
+        ``loss(model, batch)``, where there is no teacher: of labels, of
+        logits that were written down (`distill.cached`), or your own.
     options
-        lr, seed and the like, for `train.fit`.
+        lr, steps, seed and the like, for `train.fit`.
 
     Returns
     -------
@@ -74,7 +80,6 @@ def finetuning(
     >>> train.accuracy(fit(nn.Linear(4, 4)), X, X.argmax(1))
     1.0
     """
-    loss = options.pop("loss", train.cross_entropy)
     if teacher is not None:
         loss = distill.taught(teacher, temperature=temperature, alpha=alpha)
 

@@ -11,13 +11,13 @@ from functools import partial
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import codes, lowrank, prune, quantize, share, storage
+from .. import codes, lowrank, quantize, storage
 from ..codes import Code, State
 from .budget import Plan, to_budget
-from .choices import Metric, losses, options
+from .choices import Choice, Metric, losses, options
 from .coding import FAST, Coder, file_bytes, smallest
 
-ENERGY, SPARSITY, GROUP = 0.95, 0.5, 64
+ENERGY, GROUP = 0.95, 64
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Recipe:
     what : str
         What it does, in a line.
     paper : str
-        Where it is from.
+        Where it is from, an arXiv number.
     """
 
     rule: Callable[[Tensor], Code]
@@ -39,114 +39,48 @@ class Recipe:
     paper: str
 
 
-def int8(W: Tensor) -> Code:
-    """Round to 255 steps, as many of a row's own size as its largest takes.
-
-    Parameters
-    ----------
-    W
-        (out, in) weights.
-
-    References
-    ----------
-    Jacob et al., Quantization and Training of Neural Networks for Efficient
-    Integer-Arithmetic-Only Inference, arXiv:1712.05877.
-    """
-    return quantize.min_max(W, bits=8, symmetric=True)
-
-
-def int4(W: Tensor) -> Code:
-    """Round groups of 64 to 16 steps each, on the grid with the least error.
-
-    Parameters
-    ----------
-    W
-        (out, in) weights.
-
-    References
-    ----------
-    Shen et al., Q-BERT, arXiv:1909.05840: a grid for each group.
-    """
-    return quantize.mse(W, bits=4, each=GROUP)
+INT8 = partial(quantize.min_max, bits=8, symmetric=True)
 
 
 def nf4(W: Tensor) -> Code:
-    """Round groups of 64 to quantiles of the normal distribution.
+    """Round groups to quantiles of the normal distribution.
 
-    Parameters
-    ----------
-    W
-        (out, in) weights.
-
-    References
-    ----------
-    Dettmers et al., QLoRA, arXiv:2305.14314, section 3, with its double
-    quantization of the scales.
+    The scales are quantized again, as in QLoRA.
     """
     code = quantize.nf4(W, each=GROUP)
     by = quantize.small_scales(code.x.by)
     return replace(code, x=replace(code.x, by=by))
 
 
-def kmeans4(W: Tensor) -> Code:
-    """Let all weights of a matrix share 16 values, by k-means.
-
-    Parameters
-    ----------
-    W
-        (out, in) weights.
-
-    References
-    ----------
-    Han, Mao, Dally, Deep Compression, arXiv:1510.00149, section 3.
-    """
-    return share.kmeans(W, bits=4)
-
-
-def sparse(W: Tensor) -> Code:
-    """Remove the smaller half of a matrix; the rest shares 16 values.
-
-    Parameters
-    ----------
-    W
-        (out, in) weights.
-
-    References
-    ----------
-    Han, Mao, Dally, Deep Compression, arXiv:1510.00149, without training.
-    """
-    code = codes.sparse(W, prune.magnitude(W, sparsity=SPARSITY))
-    if not len(code.values):
-        return code
-    return replace(code, values=share.kmeans(code.values, bits=4))
-
-
 def svd(W: Tensor) -> Code:
-    """Keep the singular values with 95 % of the energy; factors in int8.
-
-    Parameters
-    ----------
-    W
-        (out, in) weights.
-
-    References
-    ----------
-    Denton et al., Exploiting Linear Structure Within Convolutional Networks
-    for Efficient Evaluation, arXiv:1404.0736.
-    """
+    """Keep most of the energy of a matrix in two factors of 8 bits."""
     rank = lowrank.energy_rank(lowrank.spectrum(W), energy=ENERGY)
     factors = lowrank.svd(W, rank=max(1, rank))  # of zeros it would be 0
-    return replace(factors, u=int8(factors.u), v=int8(factors.v))
+    return replace(factors, u=INT8(factors.u), v=INT8(factors.v))
 
 
 #: The recipes by name.
 RECIPES = {
-    "int8": Recipe(int8, "8 bits, a scale for each row", "1712.05877"),
-    "int4": Recipe(int4, "4 bits, a grid for each group of 64", "1909.05840"),
-    "nf4": Recipe(nf4, "4 bits, quantiles of a normal", "2305.14314"),
-    "kmeans4": Recipe(kmeans4, "16 shared values", "1510.00149"),
-    "sparse": Recipe(sparse, "half of them, 16 shared values", "1510.00149"),
-    "svd": Recipe(svd, "two thin factors of 8 bits", "1404.0736"),
+    "int8": Recipe(INT8, "8 bits, a scale for each row", "1712.05877"),
+    "int4": Recipe(
+        partial(quantize.mse, bits=4, each=GROUP),
+        f"4 bits, a grid for each group of {GROUP}",
+        "1909.05840",
+    ),
+    "nf4": Recipe(
+        nf4, f"4 bits, quantiles of a normal, groups of {GROUP}", "2305.14314"
+    ),
+    "kmeans4": Recipe(Choice(bits=4), "16 shared values", "1510.00149"),
+    "sparse": Recipe(
+        Choice(sparsity=0.5, bits=4),
+        "half of them, 16 shared values",
+        "1510.00149",
+    ),
+    "svd": Recipe(
+        svd,
+        f"two factors of 8 bits, {ENERGY:.0%} of the energy",
+        "1404.0736",
+    ),
 }
 
 

@@ -39,8 +39,7 @@ def pruned(
         left as it is.
     fit
         ``fit(model, on_step=None) -> model``.  With `steps` it has to call
-        ``on_step(step, model, loss)`` after each step, from 1 on; without
-        these calls nothing is removed.
+        ``on_step(step, model, loss)`` after each step, from 1 on.
     sparsity
         fraction of all scored weights together, or {name: fraction} of
         single ones.
@@ -59,7 +58,7 @@ def pruned(
     Raises
     ------
     ValueError
-        If a name has no scores.
+        If a name has no scores, or `fit` ends before all of it is removed.
 
     References
     ----------
@@ -77,16 +76,27 @@ def pruned(
     if isinstance(sparsity, Mapping):
         final, select = max(sparsity.values()), partial(_each, of=sparsity)
         score = partial(_named, score=score, names=list(sparsity))
-    grow = None
     if steps is None:
         masks = select(score(model), sparsity=final)
+        tuned = fit(prune.masked(model, masks), on_step=None)
     else:
         masks = {n: torch.isfinite(s) for n, s in score(model).items()}
-        end = max(2, round(until * steps))
-        grow = prune.gradual(
+        end, seen = max(2, round(until * steps)), 0
+        cut = prune.gradual(
             score, start=1, end=end, every=every, final=final, select=select
         )
-    tuned = fit(prune.masked(model, masks), on_step=grow)
+
+        def on_step(step: int, model: nn.Module, loss: float) -> None:
+            nonlocal seen
+            cut(step, model, loss)
+            seen = step
+
+        tuned = fit(prune.masked(model, masks), on_step=on_step)
+        if seen < end:
+            raise ValueError(
+                f"fit called on_step up to step {seen}, but the last weights "
+                f"go at step {end}"
+            )
     found = through.tensors(tuned).items()
     return through.bake(tuned), {n: t["mask"].clone() for n, t in found}
 

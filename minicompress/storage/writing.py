@@ -42,7 +42,8 @@ def save(
         Facts to keep with the model, as JSON.
     compact : bool
         Deflate the header: some hundred bytes less, which shows in a file
-        of a few thousand; a text editor can no longer read it.
+        of a few thousand; a text editor can no longer read it.  Another
+        build of zlib may deflate to other bytes; all read all.
 
     Raises
     ------
