@@ -63,7 +63,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "source",
         nargs="?",
-        help="a network of the zoo, a .mc file or a .safetensors checkpoint",
+        help="a network of the zoo, a .mc file, a .safetensors checkpoint or "
+        "the folder of a BERT or a GPT-2",
     )
     how = one.add_mutually_exclusive_group(required=True)
     names = [*pipeline.RECIPES, "deep"]

@@ -1,5 +1,6 @@
 """The command line says what is in a file, and what is wrong with it."""
 
+import json
 import math
 import os
 import signal
@@ -12,6 +13,10 @@ from functools import partial
 
 import pytest
 import torch
+from test_decoder import checkpoint as gpt2_checkpoint
+from test_decoder import folder as gpt2_folder
+from test_decoder import in_two
+from test_encoder import folder as bert_folder
 from torch import nn
 
 from minicompress import codes, entropy, models, pipeline, share, storage, zoo
@@ -248,6 +253,38 @@ class TestCompress:
                 step = w.flatten(1).abs().amax(1) / 127
                 error = (back[name] - w).flatten(1).abs().amax(1)
                 assert (error <= step * 0.5001).all() and error.any()
+
+    @pytest.mark.parametrize("family", ["gpt2", "bert"])
+    def test_a_published_folder_becomes_a_model(self, family, here, capsys):
+        (write, load) = {
+            "gpt2": (gpt2_folder, zoo.decoder),
+            "bert": (bert_folder, zoo.encoder),
+        }[family]
+        write(here / "own")
+        old, _ = load(here / "own")
+        held = (here / "own" / "model.safetensors").stat().st_size
+        assert main(["compress", "own", "--recipe", "int8"]) == 0
+        assert f"own: {held:,} bytes" in capsys.readouterr().out
+        new = storage.load("own-int8.mc")
+        assert type(new) is type(old) and new.config == old.config
+        ids = torch.tensor([[3, 1, 2]])
+        error = (new(ids) - old(ids)).norm() / old(ids).norm()
+        assert 0 < error < 0.05
+        config = json.loads((here / "own" / "config.json").read_text())
+        config["model_type"] = "t5"
+        (here / "own" / "config.json").write_text(json.dumps(config))
+        assert main(["compress", "own", "--recipe", "int4"]) == 1
+        assert "model_type is 't5'" in capsys.readouterr().err
+        (here / "own" / "config.json").unlink()
+        assert main(["compress", "own", "--recipe", "int4"]) == 1
+        assert "own: a folder without config.json" in capsys.readouterr().err
+
+    def test_all_files_of_a_folder_count(self, here, capsys):
+        in_two(gpt2_folder(here / "own"), gpt2_checkpoint())
+        files = (here / "own").glob("[ab].safetensors")
+        held = sum(file.stat().st_size for file in files)
+        assert main(["compress", "own", "--recipe", "int8"]) == 0
+        assert f"own: {held:,} bytes" in capsys.readouterr().out
 
     def test_a_file_is_a_source_too(self, here):
         main(["compress", "digits-mlp", "--recipe", "int8", "-o", "a.mc"])

@@ -90,6 +90,7 @@ def small_models():
         "CNN": models.CNN(),
         "ResNet": models.ResNet(),
         "LM": models.LM(vocab=30, width=8, layers=2, heads=2),
+        "GPT2": models.GPT2(vocab=30, width=8, layers=2, heads=2, ff=16),
         "Encoder": models.Encoder(vocab=50, width=8, layers=2, heads=2, ff=16),
     }
     assert set(made) == set(models.MODELS)

@@ -11,7 +11,7 @@ from ..codes import State
 from ..pipeline.choices import Metric
 from ..pipeline.coding import Coder
 from .inspection import aligned, described, sized, verify
-from .sources import free, opened, placed
+from .sources import free, length, opened, placed
 
 STEPS, SIZE = 600, 64  # of the trainings of the recipe deep; samples
 SPARSITY, BITS = 0.75, 4
@@ -32,7 +32,8 @@ def compress(
     Parameters
     ----------
     source
-        a name of the zoo, a .mc file, or a .safetensors checkpoint.
+        a name of the zoo, a .mc file, a .safetensors checkpoint, or the
+        folder of a published model of the BERT or GPT-2 family.
     recipe, budget
         one of `pipeline.RECIPES` or "deep", or bytes that the file may have.
     slow
@@ -55,14 +56,14 @@ def compress(
         the recipe cannot be followed.
     """
     done = recipe or f"{budget}"
-    output = output or Path(f"{Path(source).stem}-{done}.mc")
+    output = output or Path(f"{Path(source).absolute().stem}-{done}.mc")
     free(output, force)
     path, model = opened(source)
     model, state = made(source, model, recipe, budget, slow)
     with placed(output, force) as part:
         storage.save(part, model, state)
         verify(part)
-    before, after = path.stat().st_size, output.stat().st_size
+    before, after = length(path), length(output)
     return "\n".join(
         (
             *aligned(changes(model, state)),

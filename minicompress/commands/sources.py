@@ -9,7 +9,9 @@ from torch import nn
 
 from .. import codes, export, storage, zoo
 from ..codes import State
-from ..zoo.checkpoint import read_safetensors
+from ..zoo.checkpoint import open_safetensors, read_json, read_safetensors
+
+FAMILIES: dict[str, Callable] = {"bert": zoo.encoder, "gpt2": zoo.decoder}
 
 
 def opened(source: str) -> tuple[Path, nn.Module]:
@@ -21,12 +23,44 @@ def opened(source: str) -> tuple[Path, nn.Module]:
         raise FileNotFoundError(
             f"neither a file nor in the zoo, which has {', '.join(zoo.names())}"
         )
+    if path.is_dir():
+        return path, published(path)
     if path.suffix == ".safetensors":
         return path, as_module(read_safetensors(path))
     file = storage.read(path)
     if file.model is None:
         return path, as_module(codes.decode(file.state))
     return path, storage.load(path)
+
+
+def published(folder: Path) -> nn.Module:
+    """Load the model of a folder as its publisher left it.
+
+    Parameters
+    ----------
+    folder
+        with a ``config.json`` of the BERT or GPT-2 family, see
+        `zoo.encoder` and `zoo.decoder`.
+
+    Raises
+    ------
+    ValueError
+        If there is none, or it describes another family.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError("a folder without config.json is no published model")
+    family = read_json(folder / "config.json").get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(f"model_type is {family!r}, not in {[*FAMILIES]}")
+    return FAMILIES[family](folder)[0]
+
+
+def length(path: Path) -> int:
+    """Count the bytes of a file, or of a folder's files of tensors."""
+    if not path.is_dir():
+        return path.stat().st_size
+    files = {place.path for place in open_safetensors(path).places.values()}
+    return sum(file.stat().st_size for file in files)
 
 
 def as_module(tensors: State) -> nn.Module:

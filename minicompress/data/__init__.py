@@ -4,6 +4,7 @@ Classification tasks are a ``Task`` with the parts ``train``, ``val`` and
 ``test``; texts are strings, and a ``Tokenizer`` makes numbers of them.
 """
 
+from .bpe import BPE
 from .docs import Docstrings, docstrings
 from .idx import fashion_mnist, mnist
 from .images import digits, glyphs
@@ -13,6 +14,7 @@ from .tokens import Tokenizer, tokenizer
 from .wordpiece import WordPiece
 
 __all__ = [
+    "BPE",
     "Docstrings",
     "Reference",
     "Task",

@@ -8,11 +8,13 @@ import inspect
 
 from torch import nn
 
+from .gpt2 import GPT2
 from .language import LM, Encoder
 from .vision import CNN, MLP, LeNet5, ResNet, lenet_300_100
 
 __all__ = [
     "CNN",
+    "GPT2",
     "LM",
     "MLP",
     "MODELS",
@@ -23,7 +25,7 @@ __all__ = [
     "lenet_300_100",
 ]
 
-MODELS = {c.__name__: c for c in (MLP, LeNet5, CNN, ResNet, LM, Encoder)}
+MODELS = {c.__name__: c for c in (MLP, LeNet5, CNN, ResNet, LM, GPT2, Encoder)}
 
 
 def build(name: str, config: dict) -> nn.Module:

