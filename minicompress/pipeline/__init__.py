@@ -6,11 +6,13 @@ from .choices import Choice, losses, menu, options
 from .coding import FAST, SLOW, coded, file_bytes, merged, smallest
 from .contest import Score, score
 from .deep import Stage, deep_compression, finetuning, stage_table
+from .folders import assembled, parts
 from .layers import LayerCost, layer_costs, layer_table
 from .recipes import RECIPES, Recipe, by_recipe, errors, mixed, written
 from .settling import settled
 from .stages import clustered, pruned, rounded
 from .states import halved, plain, put, realized, sparse_state
+from .streaming import streamed
 from .units import connected
 
 __all__ = [
@@ -24,6 +26,7 @@ __all__ = [
     "Score",
     "Stage",
     "amc",
+    "assembled",
     "by_recipe",
     "clustered",
     "coded",
@@ -40,6 +43,7 @@ __all__ = [
     "merged",
     "mixed",
     "options",
+    "parts",
     "plain",
     "pruned",
     "put",
@@ -51,6 +55,7 @@ __all__ = [
     "smallest",
     "sparse_state",
     "stage_table",
+    "streamed",
     "to_budget",
     "to_quality",
     "written",
