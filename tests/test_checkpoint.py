@@ -18,6 +18,7 @@ NAMES = {
     torch.float64: "F64",
     torch.int64: "I64",
     torch.uint8: "U8",
+    torch.bool: "BOOL",
 }
 
 
@@ -46,6 +47,7 @@ def some():
         "double": torch.randn(2, 2, 2).double(),
         "number": torch.tensor(3),
         "empty": torch.zeros(0, 4),
+        "mask": torch.eye(5).bool(),
     }
 
 
@@ -67,7 +69,7 @@ class TestTensors:
     def test_are_those_of_the_file_in_its_order(self, tmp_path):
         tensors = some()
         found = open_safetensors(write(tmp_path / "x.safetensors", tensors))
-        assert list(found) == list(tensors) and len(found) == 6
+        assert list(found) == list(tensors) and len(found) == 7
         for name, w in tensors.items():
             assert found[name].dtype == w.dtype
             assert found.shape(name) == w.shape
@@ -96,6 +98,14 @@ class TestTensors:
         assert measure.peak_memory(total) <= 2 * 4000 + 100
         whole = measure.peak_memory(lambda: read_safetensors(path))
         assert whole >= 20 * 4000
+
+    def test_any_byte_but_0_is_true(self, tmp_path):
+        path = write(tmp_path / "x.safetensors", {"mask": torch.ones(3).bool()})
+        path.write_bytes(path.read_bytes()[:-3] + b"\2\0\xff")
+        for found in (open_safetensors(path), read_safetensors(path)):
+            mask = found["mask"]
+            assert mask.dtype == torch.bool
+            assert mask.view(torch.uint8).tolist() == [1, 0, 1]
 
     def test_a_file_that_became_shorter(self, tmp_path):
         path = write(tmp_path / "x.safetensors", {"w": torch.zeros(20)})
@@ -141,6 +151,34 @@ class TestRows:
         found = open_safetensors(write(tmp_path / "x.safetensors", some()))
         with pytest.raises(ValueError, match="table has 50 rows"):
             found.rows("table", torch.tensor([0, bad]))
+
+
+class TestColumns:
+    @settings(deadline=None, max_examples=30)
+    @given(st.sampled_from([*some()]), st.integers(0, 7), st.integers(0, 7))
+    def test_are_those_of_the_whole(self, tmp_path_factory, name, a, b):
+        tensors = some()
+        path = tmp_path_factory.mktemp("columns") / "x.safetensors"
+        found = open_safetensors(write(path, tensors))
+        w = tensors[name]
+        if not w.ndim:
+            return
+        start, stop = sorted(min(i, w.shape[-1]) for i in (a, b))
+        part = found.columns(name, start, stop)
+        assert part.dtype == w.dtype
+        assert torch.equal(part, w[..., start:stop])
+
+    def test_read_no_others(self, tmp_path):
+        path = write(tmp_path / "x.safetensors", {"w": torch.zeros(8, 10_000)})
+        found = open_safetensors(path)
+        peak = measure.peak_memory(lambda: found.columns("w", 5, 7))
+        assert peak == 8 * 2 * 4
+
+    @pytest.mark.parametrize(("start", "stop"), [(-1, 2), (2, 1), (0, 4)])
+    def test_there_are_no_others(self, tmp_path, start, stop):
+        found = open_safetensors(write(tmp_path / "x.safetensors", some()))
+        with pytest.raises(ValueError, match="table has 3 columns"):
+            found.columns("table", start, stop)
 
 
 class TestShards:

@@ -217,6 +217,11 @@ class TestRotation:
         assert torch.allclose(quantize.turn(x, signs), want)
         assert torch.allclose(H @ H.T, torch.eye(16, dtype=torch.float64))
 
+    def test_signs_go_where_the_numbers_are(self):
+        x = torch.empty(3, 16, device="meta")
+        turned = quantize.turn(x, quantize.random_signs(16))
+        assert turned.is_meta and turned.shape == x.shape
+
     @pytest.mark.parametrize("n", [64, 96, 20])
     def test_the_product_stays(self, n):
         signs = quantize.random_signs(n)

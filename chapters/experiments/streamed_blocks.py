@@ -34,8 +34,8 @@ from pruned_encoder import by_block, passages
 from tqdm import tqdm
 
 from minicompress import measure, models, pipeline, quantize, train, zoo
-from minicompress.zoo.checkpoint import open_safetensors, read_json
-from minicompress.zoo.pretrained import SIZES, _installed, _published
+from minicompress.zoo.checkpoint import open_safetensors
+from minicompress.zoo.pretrained import installed
 
 BITS, GROUP = 4, 64
 DEPTHS = (2, 4, 8, 16, 32)
@@ -55,19 +55,6 @@ def gptq(W, x):
 def eight(name, w):
     """Round the rows of a table to 8 bits."""
     return quantize.min_max(w, bits=8)
-
-
-def published():
-    """Open the encoder's file: its shapes, its tensors, its passages."""
-    place = _installed()
-    config = read_json(place / "config.json")
-    with torch.device("meta"):
-        model = models.Encoder(
-            **{name: config[key] for name, key in SIZES.items()}, pooler=True
-        )
-    names = {name: _published(name) for name in model.state_dict()}
-    tensors = open_safetensors(place).named(names)
-    return model, tensors
 
 
 def sizes(layers, width):
@@ -131,7 +118,7 @@ def work(job, files):
     if job["layers"]:
         (model, tensors), batches = synthetic(path, job["layers"], WIDTH), None
     else:
-        model, tensors = published()
+        model, tensors = zoo.unread(installed())
     batches = tokens() if job["layers"] else passages(zoo.encoder()[1])
     warm_up()
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on

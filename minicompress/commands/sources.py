@@ -9,9 +9,8 @@ from torch import nn
 
 from .. import codes, export, storage, zoo
 from ..codes import State
-from ..zoo.checkpoint import open_safetensors, read_json, read_safetensors
-
-FAMILIES: dict[str, Callable] = {"bert": zoo.encoder, "gpt2": zoo.decoder}
+from ..zoo.checkpoint import open_safetensors, read_safetensors
+from ..zoo.families import family
 
 
 def opened(source: str) -> tuple[Path, nn.Module]:
@@ -49,10 +48,7 @@ def published(folder: Path) -> nn.Module:
     """
     if not (folder / "config.json").is_file():
         raise ValueError("a folder without config.json is no published model")
-    family = read_json(folder / "config.json").get("model_type")
-    if family not in FAMILIES:
-        raise ValueError(f"model_type is {family!r}, not in {[*FAMILIES]}")
-    return FAMILIES[family](folder)[0]
+    return family(folder).load(folder)[0]
 
 
 def length(path: Path) -> int:

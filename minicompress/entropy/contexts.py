@@ -99,11 +99,10 @@ def contextual(ints: Code) -> Contextual:
     >>> torch.equal(x.decode(), mask)
     True
     """
-    coder, flat = Encoder(), ints.decode().reshape(-1).tolist()
-    shape = tuple(ints.shape)
-    _code(coder, shape, ints.bits, flat)
+    coder, flat, shape = Encoder(), ints.decode().reshape(-1), tuple(ints.shape)
+    _code(coder, shape, ints.bits, flat.tolist())
     stream = torch.tensor(list(coder.finish()), dtype=torch.uint8)
-    return Contextual(stream, ints.bits, shape)
+    return Contextual(stream.to(flat.device), ints.bits, shape)
 
 
 def _code(coder, shape, bits, given=None) -> array:

@@ -118,6 +118,7 @@ def rans(ints: Code, *, lanes: int | None = None) -> Rans:
     >>> code.stream.numel(), len(huffman(code).stream)
     (14, 125)
     """
+    flat = ints.decode().reshape(-1)
     c = counts(ints).cpu()
     symbols = c.nonzero().flatten()
     table = frequency_table(symbols, c[symbols])
@@ -131,14 +132,12 @@ def rans(ints: Code, *, lanes: int | None = None) -> Rans:
     if symbols.numel() > 1:
         full = np.zeros(c.numel(), np.int64)
         full[symbols] = freq.numpy()
-        flat = ints.decode().reshape(-1).cpu().numpy()
-        states, words = _encode_lanes(flat, full, lanes)
+        states, words = _encode_lanes(flat.cpu().numpy(), full, lanes)
         stream = np.concatenate(
             [states.astype("<u4").view(np.uint8), words.view(np.uint8)]
         )
-    return Rans(
-        torch.from_numpy(stream), table, lanes, ints.bits, tuple(ints.shape)
-    )
+    stream = torch.from_numpy(stream).to(flat.device)  # where it decodes to
+    return Rans(stream, table, lanes, ints.bits, tuple(ints.shape))
 
 
 def rans_slow(values: list[int], freq: list[int]) -> tuple[int, list[int]]:

@@ -25,7 +25,7 @@ def code_lengths(counts: Tensor, *, limit: int = LIMIT) -> Tensor:
 
     Returns
     -------
-    int64 Tensor (K,)
+    int64 Tensor (K,), on the CPU
         Bits of each code word; 0 for symbols that do not occur.
 
     Raises
@@ -40,6 +40,7 @@ def code_lengths(counts: Tensor, *, limit: int = LIMIT) -> Tensor:
     """
     if counts.numel() and int(counts.min()) < 0:
         raise ValueError(f"counts must not be negative, got {counts.min()}")
+    counts = counts.cpu()
     present = counts.nonzero().flatten()
     if len(present) > 1 << limit:
         raise ValueError(f"{len(present)} symbols need more than limit={limit}")
@@ -93,8 +94,9 @@ def package_merge(counts: Tensor, limit: int) -> Tensor:
     >>> package_merge(torch.tensor([8, 4, 2, 1]), limit=2)
     tensor([2, 2, 2, 2])
     """
-    order = np.argsort(counts.numpy(), kind="stable")
-    leaves = counts.numpy()[order].astype(np.int64)
+    counts = counts.cpu().numpy()
+    order = np.argsort(counts, kind="stable")
+    leaves = counts[order].astype(np.int64)
     packages, levels = leaves[:0], []
     for _ in range(limit):
         items = np.concatenate([leaves, packages])

@@ -103,7 +103,8 @@ def constant(code, symbols: Tensor) -> Tensor:
     if code.stream.numel() or (math.prod(code.shape) and not symbols.numel()):
         raise ValueError(f"{type(code).__name__}: table and stream disagree")
     fill = int(symbols[0]) if symbols.numel() else 0
-    return torch.full(code.shape, fill, dtype=packing.dtype(code.bits))
+    kind, device = packing.dtype(code.bits), code.stream.device
+    return torch.full(code.shape, fill, dtype=kind, device=device)
 
 
 def output(code, values) -> Tensor:

@@ -95,14 +95,13 @@ def huffman(ints: Code) -> Huffman:
     lengths = code_lengths(counts(ints).cpu())
     symbols = lengths.nonzero().flatten().numpy()
     table = write_gaps(symbols, lengths.numpy()[symbols] - 1, 16)
-    flat = ints.decode().reshape(-1).cpu()
+    flat = ints.decode().reshape(-1)
     stream = np.zeros(0, np.uint8)
     if symbols.size > 1:
         words = canonical(lengths).numpy()
-        stream = _encode_words(flat.numpy(), words, lengths.numpy())
-    return Huffman(
-        torch.from_numpy(stream), Ints(table, 5), ints.bits, tuple(ints.shape)
-    )
+        stream = _encode_words(flat.cpu().numpy(), words, lengths.numpy())
+    stream = torch.from_numpy(stream).to(flat.device)  # where it decodes to
+    return Huffman(stream, Ints(table, 5), ints.bits, tuple(ints.shape))
 
 
 def huffman_slow(code: Huffman) -> list[int]:

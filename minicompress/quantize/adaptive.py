@@ -105,13 +105,13 @@ def _learn(
 ) -> Tensor:
     """Lower a loss of h, from a start between 0 and 1."""
     if generator is None:
-        generator = torch.Generator(start.device).manual_seed(0)
+        generator = torch.Generator().manual_seed(0)
     noise = torch.randn(
         start.shape,
         generator=generator,
         dtype=start.dtype,
-        device=start.device,
-    )
+        device=generator.device,  # a seed gives the same wherever W is
+    ).to(start.device)
     V = torch.logit((start - GAMMA) / (ZETA - GAMMA)) + 0.01 * noise
 
     def h_of(V):

@@ -44,7 +44,7 @@ def turn(x: Tensor, signs: Tensor) -> Tensor:
     d = len(signs)
     if x.shape[-1] % d:
         raise ValueError(f"signs ({d},) do not divide x {tuple(x.shape)}")
-    blocks = x.unflatten(-1, (-1, d)) * signs.to(x.dtype)
+    blocks = x.unflatten(-1, (-1, d)) * signs.to(x)
     return hadamard(blocks).flatten(-2)
 
 
@@ -110,7 +110,7 @@ def rotate(W: Tensor, rule: Callable[[Tensor], Code], *, seed: int = 0) -> Code:
     """
     if W.ndim != 2:
         raise ValueError(f"W must be (out, in), got {tuple(W.shape)}")
-    signs = random_signs(W.shape[1], seed=seed)
+    signs = random_signs(W.shape[1], seed=seed).to(W.device)
     code = rule(turn(W.detach(), signs))
     bits = codes.Ints((signs > 0).int(), 1)
     if len(signs) == W.shape[1]:

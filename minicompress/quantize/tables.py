@@ -271,6 +271,7 @@ def on_levels(
         Decodes to the shape of W; scales have W's type.
     """
     lines, shape, shared = in_lines(W.detach(), each)
+    levels = levels.to(W.device)
     index = torch.empty_like(lines, dtype=torch.uint8)
     rows, scales = max(1, CHUNK // lines.shape[1]), []
     for some, out in zip(lines.split(rows), index.split(rows), strict=True):

@@ -149,9 +149,10 @@ def _book(name: str, code: codes.Code) -> codes.Codebook:
 
 def _members(name: str, code: codes.Code) -> Tensor:
     """Return k + 1 where a weight is centroid k, and 0 where it is 0."""
-    K = codes.shape(_book(name, code).centroids)[0]
+    c = codes.value(_book(name, code).centroids)
+    number = torch.arange(1, len(c) + 1, device=c.device)
     # the code itself says where its centroids go, if they are 1, 2, 3, ...
-    return _with_centroids(name, code, torch.arange(1, K + 1)).decode()
+    return _with_centroids(name, code, number).decode()
 
 
 def _check(name: str, code: codes.Code, weights: dict[str, Tensor]) -> None:

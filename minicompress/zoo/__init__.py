@@ -4,7 +4,8 @@ Each is one `.mc` file beside this one, written by
 `chapters/experiments/train_zoo.py` together with its card: what it was
 trained on and how good it is.  The exceptions are `encoder`, a pretrained
 network of 91 MB, read from the files of its publisher, and `decoder`, which
-reads such files of a language model that you have.
+reads such files of a language model that you have.  `unread` opens either
+without reading its tensors.
 
 Beside these are networks that chapter 11 made small, `compressed`: their
 cards are in a file of their own, because every byte of theirs counts.
@@ -17,6 +18,7 @@ from torch import nn
 
 from .. import data, storage, train
 from .causal import decoder
+from .families import unread
 from .pretrained import embed, encoder
 
 __all__ = [
@@ -31,6 +33,7 @@ __all__ = [
     "path",
     "quality",
     "task",
+    "unread",
 ]
 
 FOLDER = Path(__file__).parent

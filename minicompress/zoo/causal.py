@@ -1,15 +1,13 @@
 """A user's own language model of the GPT-2 family."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from .. import data, models
 from . import published
-from .checkpoint import open_safetensors, read_json
+from .checkpoint import Tensors, open_safetensors, read_json
 
 SIZES = {  # argument of models.GPT2: key of config.json
     "vocab": "vocab_size",
@@ -44,6 +42,7 @@ INSIDE = {  # layer of a block: its published name
 }
 THIRDS = ("attention.q", "attention.k", "attention.v")
 MASKS = (".attn.bias", ".attn.masked_bias")  # buffers of old files, no weights
+ROWS = 4096  # of a table at a time
 
 
 def decoder(folder: str | os.PathLike) -> tuple[models.GPT2, data.BPE]:
@@ -77,6 +76,21 @@ def decoder(folder: str | os.PathLike) -> tuple[models.GPT2, data.BPE]:
     learners".
     """
     place = published.place(folder, ("config.json",))
+    model = published.loaded(*unread(place))
+    if model.config["tied"]:
+        model.head.weight = model.tokens.weight
+    tokenizer = _tokenizer(place)
+    if len(tokenizer.vocab) > model.config["vocab"]:
+        raise ValueError(
+            f"tokenizer: {len(tokenizer.vocab)} tokens, but config.json says "
+            f"{model.config['vocab']}"
+        )
+    return model, tokenizer
+
+
+def unread(folder: str | os.PathLike) -> tuple[models.GPT2, published.Unread]:
+    """Open a language model of the GPT-2 family; see `zoo.unread`."""
+    place = published.place(folder, ("config.json",))
     config = read_json(place / "config.json")
     if config.get("activation_function") == "gelu_pytorch_tanh":
         config["activation_function"] = "gelu_new"  # the same function
@@ -84,53 +98,48 @@ def decoder(folder: str | os.PathLike) -> tuple[models.GPT2, data.BPE]:
     width, ff = sizes["width"], config.get("n_inner")
     sizes["ff"] = 4 * width if ff is None and isinstance(width, int) else ff
     sizes["tied"] = config.get("tie_word_embeddings", True)
-    model = _model(sizes, _named(open_safetensors(place), sizes["tied"]))
-    tokenizer = _tokenizer(place)
-    if len(tokenizer.vocab) > sizes["vocab"]:
+    files = open_safetensors(place)
+    names = _names(files)
+    again = names.pop("lm_head.weight", None) if sizes["tied"] else None
+    with torch.device("meta"):  # shapes only: nothing is drawn
+        model = models.GPT2(**sizes)
+    have = {name: files.shape(held) for name, held in names.items()}
+    published.check(have, _shapes(**model.config))
+    if again is not None and not _same(files, again, names["wte.weight"]):
         raise ValueError(
-            f"tokenizer: {len(tokenizer.vocab)} tokens, but config.json says "
-            f"{sizes['vocab']}"
+            "model.safetensors: lm_head.weight is not wte.weight, but "
+            "config.json says tie_word_embeddings"
         )
-    return model, tokenizer
+    origins = {n: _origin(n, names) for n in model.state_dict()}
+    return model, published.Unread(files, origins)
 
 
-def _named(tensors: Mapping[str, Tensor], tied: bool) -> dict[str, Tensor]:
-    """Read the model's tensors, under names without a prefix.
+def _names(files: Tensors) -> dict[str, str]:
+    """Find the model's tensors: {name without a prefix: name in the file}.
 
     With the prefix "transformer." a model has the head of a task beside it,
     of which that of a language model counts.
     """
     lead = "transformer."
-    if not any(name.startswith(lead) for name in tensors):
+    if not any(name.startswith(lead) for name in files):
         lead = ""
-    found = {
-        name.removeprefix(lead): tensors[name]
-        for name in tensors
+    return {
+        name.removeprefix(lead): name
+        for name in files
         if (name.startswith(lead) or name == "lm_head.weight")
         and not name.endswith(MASKS)
     }
-    if tied and "lm_head.weight" in found:
-        head, table = found.pop("lm_head.weight"), found.get("wte.weight")
-        if table is not None and not torch.equal(head, table):
-            raise ValueError(
-                "model.safetensors: lm_head.weight is not wte.weight, but "
-                "config.json says tie_word_embeddings"
-            )
-    return found
 
 
-def _model(sizes: dict, tensors: dict[str, Tensor]) -> models.GPT2:
-    """Build a language model around tensors with their published names."""
-    with torch.device("meta"):  # shapes only: nothing is drawn
-        model = models.GPT2(**sizes)
-    published.check(tensors, _shapes(**model.config))
-    names = [n for n in model.state_dict() if n != "head.weight"]
-    names += [] if sizes["tied"] else ["head.weight"]
-    state = {name: _taken(name, tensors) for name in names}
-    model.load_state_dict(state, strict=False, assign=True)
-    if sizes["tied"]:
-        model.head.weight = model.tokens.weight
-    return model.eval()
+def _same(files: Tensors, one: str, other: str) -> bool:
+    """Compare two tables, some rows at a time."""
+    if files.shape(one) != files.shape(other):
+        return False
+    some = torch.arange(files.shape(one)[0]).split(ROWS)
+    return all(
+        torch.equal(files.rows(one, i).float(), files.rows(other, i).float())
+        for i in some
+    )
 
 
 def _shapes(
@@ -153,16 +162,19 @@ def _shapes(
     return shapes if tied else shapes | {"lm_head.weight": (vocab, width)}
 
 
-def _taken(name: str, tensors: dict[str, Tensor]) -> Tensor:
-    """Take one tensor of models.GPT2 out of the published ones."""
+def _origin(name: str, names: dict[str, str]) -> published.Origin:
+    """Find one tensor of models.GPT2 among the published ones."""
     layer, _, kind = name.rpartition(".")
     if layer in OUTSIDE:
-        return tensors[f"{OUTSIDE[layer]}.{kind}"].float()
+        # without an output layer of its own, it is the table
+        tied = layer == "head" and "lm_head.weight" not in names
+        layer = "tokens" if tied else layer
+        return published.Origin(names[f"{OUTSIDE[layer]}.{kind}"])
     _, block, part = layer.split(".", 2)
-    w = tensors[f"h.{block}.{INSIDE[part]}.{kind}"].float()
+    held = names[f"h.{block}.{INSIDE[part]}.{kind}"]
     if part in THIRDS:  # query, key and value are one layer there
-        w = w.chunk(3, -1)[THIRDS.index(part)]
-    return w.t().clone(memory_format=torch.contiguous_format)  # (out, in)
+        return published.Origin(held, True, THIRDS.index(part), len(THIRDS))
+    return published.Origin(held, turned=True)
 
 
 def _tokenizer(place: Path) -> data.BPE:

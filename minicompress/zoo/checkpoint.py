@@ -19,6 +19,7 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -146,6 +147,37 @@ class Tensors(Mapping):
         starts = (place.at + some * n * place.dtype.itemsize).tolist()
         return _bytes(place, starts, n).reshape(-1, *row)[back]
 
+    def columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Read a part of the last axis of a tensor, and no more.
+
+        Parameters
+        ----------
+        name : str
+            Of a tensor with at least one axis.
+        start, stop : int
+            Numbers of the first column and of the one after the last.
+
+        Returns
+        -------
+        Tensor of shape (*other axes, stop - start)
+            The same as ``self[name][..., start:stop]``.
+
+        Raises
+        ------
+        ValueError
+            If there are no such columns.
+        """
+        place = self.places[name]
+        *lines, n = place.shape
+        if not 0 <= start <= stop <= n:
+            raise ValueError(
+                f"start={start}, stop={stop}: {name} has {n} columns"
+            )
+        size, count = place.dtype.itemsize, math.prod(lines)
+        first = place.at + start * size
+        starts = [first + i * n * size for i in range(count)]
+        return _bytes(place, starts, stop - start).reshape(*lines, stop - start)
+
     def named(self, names: Mapping[str, str]) -> "Tensors":
         """Select tensors and give them other names.
 
@@ -176,6 +208,8 @@ def _bytes(place: Place, starts: list[int], count: int) -> Tensor:
             file.seek(start)
             if file.readinto(run) != run.nbytes:
                 raise ValueError(f"{place.path.name}: shorter than it was")
+    if place.dtype == torch.bool:  # whatever the byte, True is 1
+        return out.view(torch.uint8) != 0
     return out
 
 

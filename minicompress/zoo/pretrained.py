@@ -6,7 +6,7 @@ carries them, and any folder with a checkpoint of the BERT family will do.
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -91,11 +91,9 @@ def encoder(
     Wang et al. 2020, "MiniLM", arXiv:2002.10957; trained for sentences as in
     Reimers and Gurevych 2019, "Sentence-BERT", arXiv:1908.10084.
     """
-    folder = _installed() if folder is None else folder
+    folder = installed() if folder is None else folder
     place = published.place(folder, ("config.json", "vocab.txt"))
-    config = read_json(place / "config.json")
-    sizes = published.arguments(config, SIZES, FIXED, "models.Encoder")
-    model = _model(sizes, _named(dict(open_safetensors(place))))
+    model = published.loaded(*unread(place))
     tokenizer = _tokenizer(place)
     if len(tokenizer.vocab) > model.tokens.num_embeddings:
         raise ValueError(
@@ -165,7 +163,7 @@ def embed(
     return torch.cat(parts)[back.to(device)]
 
 
-def _installed() -> Path:
+def installed() -> Path:
     """Find the package without running any of its code."""
     spec = importlib.util.find_spec(PACKAGE.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
@@ -176,16 +174,25 @@ def _installed() -> Path:
     return Path(spec.submodule_search_locations[0], "model")
 
 
-def _model(sizes: dict, tensors: dict[str, Tensor]) -> models.Encoder:
-    """Build an encoder around tensors that have their published names."""
-    pooler = "pooler.dense.weight" in tensors
+def unread(
+    folder: str | os.PathLike,
+) -> tuple[models.Encoder, published.Unread]:
+    """Open an encoder of the BERT family; see `zoo.unread`."""
+    place = published.place(folder, ("config.json",))
+    config = read_json(place / "config.json")
+    sizes = published.arguments(config, SIZES, FIXED, "models.Encoder")
+    files = open_safetensors(place)
+    names = _names(files)
+    pooler = "pooler.dense.weight" in names
     with torch.device("meta"):  # shapes only: nothing is drawn
         model = models.Encoder(**sizes, pooler=pooler)
-    have = {_published(name): w for name, w in model.state_dict().items()}
-    published.check(tensors, {name: w.shape for name, w in have.items()})
-    state = {n: tensors[_published(n)].float() for n in model.state_dict()}
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    want = {_published(n): w.shape for n, w in model.state_dict().items()}
+    have = {name: files.shape(held) for name, held in names.items()}
+    published.check(have, want)
+    origins = {
+        n: published.Origin(names[_published(n)]) for n in model.state_dict()
+    }
+    return model, published.Unread(files, origins)
 
 
 def _published(name: str) -> str:
@@ -197,23 +204,20 @@ def _published(name: str) -> str:
     return f"encoder.layer.{block}.{INSIDE[part]}.{kind}"
 
 
-def _named(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Keep the encoder's tensors, under today's names.
+def _names(files: Iterable[str]) -> dict[str, str]:
+    """Find the encoder's tensors: {name of today: name in the file}.
 
     With the prefix "bert." an encoder is part of a larger model, whose other
     layers (the heads of its tasks) stand beside it.
     """
-    if any(name.startswith("bert.") for name in tensors):
-        tensors = {
-            name.removeprefix("bert."): w
-            for name, w in tensors.items()
-            if name.startswith("bert.")
-        }
+    lead = "bert." if any(n.startswith("bert.") for n in files) else ""
     found = {}
-    for name, w in tensors.items():
-        for before, after in OLD.items():
-            name = name.replace(before, after)
-        found[name] = w
+    for held in files:
+        if held.startswith(lead):
+            name = held.removeprefix(lead)
+            for before, after in OLD.items():
+                name = name.replace(before, after)
+            found[name] = held
     found.pop("embeddings.position_ids", None)  # 0, 1, 2, ...: no weight
     return found
 
