@@ -3,6 +3,7 @@
 import itertools
 import math
 import time
+from copy import deepcopy
 
 import pytest
 import torch
@@ -305,6 +306,15 @@ def test_views_and_inputs_take_no_memory():
             x + 1
 
     assert measure.peak_memory(loop) == 400
+
+
+def test_shapes_without_values_take_no_memory():
+    def f():
+        with torch.device("meta"):
+            shapes = nn.Linear(100, 100)
+        return deepcopy(shapes), torch.zeros(10) + 1
+
+    assert measure.peak_memory(f) == 2 * 40
 
 
 def test_a_training_step_keeps_activations_and_checkpoints_do_not():

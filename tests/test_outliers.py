@@ -106,6 +106,15 @@ class TestSmooth:
         assert relative(new(x), model(x)) < 1e-6
         assert torch.equal(new[1].weight, model[1].weight * s)
 
+    def test_behind_an_rms_norm(self):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.RMSNorm(4), nn.Linear(4, 2))
+        x = drawn(0, 8, 4)
+        stats = calibrate.inputs(model, [x])
+        new = quantize.smooth(model, stats, pairs=[("0", ["1"])])
+        assert relative(new(x), model(x)) < 1e-6
+        assert not torch.equal(new[0].weight, model[0].weight)
+
     def test_errors(self):
         with pytest.raises(ValueError, match=r"alpha must be .* got 2"):
             quantize.smooth_scales(torch.ones(2), torch.ones(1, 2), alpha=2)

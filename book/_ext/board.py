@@ -17,7 +17,7 @@ from minicompress import measure, plot, widgets
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "chapters" / "results" / "scoreboard.json"
 DRAWN = ROOT / "book" / "_build" / "scoreboard"
-PAGES = ("book/scoreboard", "book/which_method")
+PAGES = ("book/scoreboard", "book/which_method", "book/outlook")
 TITLES = {
     "digits-mlp": "the MLP for digits",
     "glyphs-cnn": "the CNN for glyphs",

@@ -185,6 +185,8 @@ class _Meter(TorchDispatchMode):
     def _meet(self, t, *, new: bool) -> None:
         if not isinstance(t, Tensor) or t.layout != torch.strided:
             return
+        if t.is_meta:  # only a shape
+            return
         storage = t.untyped_storage()
         key = storage._cdata
         if key not in self.live:

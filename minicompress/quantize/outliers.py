@@ -154,7 +154,7 @@ def move_scales(
     shape = (-1, *[1] * (before.weight.ndim - 1))
     with torch.no_grad():
         before.weight.div_(s.reshape(shape))
-        if before.bias is not None:
+        if getattr(before, "bias", None) is not None:  # an RMSNorm has none
             before.bias.div_(s)
         for layer in behind:
             layer.weight.mul_(s)

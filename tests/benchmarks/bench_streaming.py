@@ -1,18 +1,22 @@
 """Memory and time of a compression block by block.
 
 The weights are drawn when they are asked for, as a file would be read, so
-that whatever is in memory was put there by `pipeline.streamed`.
+that whatever is in memory was put there by `pipeline.streamed`.  Where there
+is a GPU, one block of the shapes of LLaMA-2-7B is compressed on it.
 """
 
+import math
 import tempfile
 import zlib
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from minicompress import measure, models, pipeline, quantize
 
-from .harness import Row, times
+from .harness import Row, skipped, times
 
 WIDTH, SEEN = 256, (8, 64)
 FEW, MANY = 4, 16
@@ -28,9 +32,33 @@ class Drawn(dict):
         return scale * torch.randn(like.shape, generator=dice)
 
 
-def gptq(W, x):
+class Llama(nn.Module):
+    """The matrices of a block of LLaMA-2-7B, connected as there."""
+
+    def __init__(self, width=4096, ff=11008):
+        super().__init__()
+        for name in ("q", "k", "v", "out"):
+            setattr(self, name, nn.Linear(width, width, bias=False))
+        self.gate = nn.Linear(width, ff, bias=False)
+        self.up = nn.Linear(width, ff, bias=False)
+        self.down = nn.Linear(ff, width, bias=False)
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+
+    def forward(self, x):
+        y = self.norm1(x)
+        q, k, v = (
+            f(y).unflatten(-1, (-1, 128)).transpose(1, 2)
+            for f in (self.q, self.k, self.v)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def gptq(W, x, each=64):
     rule = partial(quantize.min_max, bits=4)
-    return quantize.gptq(W, x.H.float(), rule(W, each=64), renew=rule)
+    return quantize.gptq(W, x.H.float(), rule(W, each=each), renew=rule)
 
 
 def compress(layers, whole=False):
@@ -79,4 +107,45 @@ def rows():
         r,
         "<= 1.15x",
         r <= 1.15,
+    )
+    yield on_gpu()
+
+
+def on_gpu() -> Row:
+    """Compress one large block on a GPU; compare its peak with a formula.
+
+    At the widest matrix (n inputs, m outputs) there are the block and its
+    codes, 5 bytes a weight, moments and factor of H, 32 n² bytes, and two
+    copies of W, 8 m n bytes.
+    """
+    what = "a block of LLaMA-2-7B's shapes by GPTQ, group 128, on a GPU: peak"
+    goal = "<= 1.1x the formula"
+    if not torch.cuda.is_available():
+        return skipped(what, goal, "no GPU")
+    with torch.device("meta"):
+        model = nn.ModuleDict({"blocks": nn.ModuleList([Llama()])})
+    tensors = Drawn(model.state_dict())
+    dice = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1, 2048, 4096, generator=dice) for _ in range(8)]
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.streamed(
+            model,
+            tensors,
+            batches,
+            partial(gptq, each=128),
+            folder,
+            forward=lambda m, x: m["blocks"][0](x),
+            device="cuda",
+        )
+    peak = torch.cuda.max_memory_allocated()
+    weights = sum(math.prod(w.shape) for w in model.parameters())
+    formula = 5 * weights + 32 * 11008**2 + 8 * 4096 * 11008
+    return Row(
+        what,
+        f"{peak / 1e9:.2f} GB",
+        f"{formula / 1e9:.2f} GB",
+        peak / formula,
+        goal,
+        peak <= 1.1 * formula,
     )
