@@ -18,6 +18,7 @@ pytest.importorskip("sklearn")  # that encoder_file imports indirectly
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "chapters/experiments"))
 try:
+    import _large
     import _steps as steps
     import encoder_file as file
 finally:
@@ -360,7 +361,7 @@ class TestParts:
 
     def test_int8_linear_layers(self):
         bench = self.bench()
-        fast = file.in_int8(bench.model)
+        fast = _large.in_int8(bench.model)
         x = ids(4, 6)
         near = (embedding(fast, x) * embedding(bench.model, x)).sum(1)
         assert near.min() > 0.99

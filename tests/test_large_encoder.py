@@ -2,6 +2,7 @@
 
 import json
 import sys
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,15 +138,22 @@ SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
 class TestByBlock:
-    def test_is_that_of_the_earlier_experiment(self, encoder, ids):
+    def test_is_what_passes_of_the_whole_model_make(self, encoder, ids):
         def rule(W, stats):
             return rules.gptq(W, stats.H, bits=3)
 
-        made = _large.by_block(encoder, ids, lambda n, W, s: rule(W, s))
-        assert set(made) == set(pruned_encoder.blocks(encoder))
-        expected = pruned_encoder.by_block(
-            encoder, ids, lambda W, s: rule(W, s).decode()
+        made = pruned_encoder.coded_by_block(
+            encoder, ids, lambda n, W, s: rule(W, s)
         )
+        assert set(made) == set(pruned_encoder.blocks(encoder))
+        expected = deepcopy(encoder)
+        for i in range(len(expected.blocks)):  # the whole model, each time
+            stats = calibrate.inputs(
+                expected, ids, where=lambda n, w, i=i: f"blocks.{i}." in n
+            )
+            for name, s in stats.items():
+                w = expected.get_parameter(name)
+                w.data = rule(w.detach(), s).decode()
         for name, code in made.items():
             w = expected.get_parameter(name)
             assert torch.allclose(code.decode(), w, atol=1e-5), name
@@ -158,13 +166,13 @@ class TestByBlock:
             return torch.zeros_like(W)
 
         before = {n: p.clone() for n, p in encoder.named_parameters()}
-        made = _large.by_block(encoder, ids, look)
+        made = pruned_encoder.coded_by_block(encoder, ids, look)
         names = set(pruned_encoder.blocks(encoder))
         own = calibrate.inputs(encoder, ids, where=lambda n, w: n in names)
         first, second = (f"blocks.{i}.attention.q.weight" for i in (0, 1))
         assert torch.allclose(seen[first], own[first].H, rtol=1e-4)
         assert not torch.allclose(seen[second], own[second].H, rtol=0.1)
-        zero = _large.changed(encoder, made)
+        zero = pruned_encoder.changed(encoder, made)
         after = calibrate.inputs(zero, ids, where=lambda n, w: n in names)
         assert torch.allclose(seen[second], after[second].H, rtol=1e-4)
         for n, p in encoder.named_parameters():

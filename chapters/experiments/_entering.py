@@ -8,7 +8,7 @@ read the norms.
 from functools import partial
 
 import torch
-from _large import changed
+from pruned_encoder import changed
 
 from minicompress import codes, quantize
 

@@ -1,16 +1,16 @@
 """What the experiments on the published encoder share: text without labels.
 
 Paragraphs of whole topics of the language reference choose (validation) and
-report (test); passages of the other topics calibrate.  `by_block` compresses
-one block after the other.
+report (test); passages of the other topics calibrate.
 """
 
 from copy import deepcopy
 from types import SimpleNamespace
 
 import pruned_encoder
+from torch import nn
 
-from minicompress import calibrate, codes, data, export, storage, train, zoo
+from minicompress import codes, data, quantize, storage, zoo
 
 LENGTH, SHORTEST = pruned_encoder.LENGTH, 40  # tokens, characters
 
@@ -46,36 +46,13 @@ class Texts:
         return {"cosine": float(cosine), "neighbor": float(same)}
 
 
-def by_block(model, batches, rule):
-    """Compress block by block, each on inputs from the compressed before.
-
-    What pruned_encoder.by_block does, in two passes in all: a block reads
-    what the one before it has returned.
-
-    batches  token numbers, without padding
-    rule     (name, W, stats) -> code, or a tensor
-
-    Returns {name: code}.
-    """
-    start, made = deepcopy(model), {}
-    start.blocks = start.blocks[:0]
-    with train.evaluating(start):
-        x = [start(ids) for ids in batches]
-    for i, block in enumerate(model.blocks):
-        block, new = deepcopy(block), {}
-        for name, stats in calibrate.inputs(block, x).items():
-            W = block.get_parameter(name).detach()
-            new[name] = rule(f"blocks.{i}.{name}", W, stats)
-        block = changed(block, new)
-        with train.evaluating(block):
-            x = [block(h) for h in x]
-        made |= {f"blocks.{i}.{name}": code for name, code in new.items()}
-    return made
-
-
-def changed(model, made):
-    """Copy a model, with the weights that the codes stand for."""
-    return export.decoded(model, model.state_dict() | made)
+def in_int8(model):
+    """Let the linear layers of the blocks multiply in int8."""
+    model = deepcopy(model)
+    for name, m in list(model.blocks.named_modules()):
+        if isinstance(m, nn.Linear):
+            model.blocks.set_submodule(name, quantize.Int8Linear(m))
+    return model
 
 
 def bits(made, weights=None):

@@ -8,7 +8,7 @@ worth their time.
 from dataclasses import replace
 from functools import partial
 
-from _large import by_block
+from pruned_encoder import coded_by_block as by_block
 
 from minicompress import codes, lowrank, prune, quantize
 

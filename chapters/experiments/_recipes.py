@@ -15,7 +15,6 @@ import torch
 from _board import every, shaped
 from _pruning import layers, smallest
 from _rounding import WHILE, attached
-from torch import nn
 
 from minicompress import (
     codes,
@@ -188,15 +187,6 @@ def tables_too(s, seed):
     tokens = rule(model.tokens.weight.detach())
     names = [n for n in s.tables if n != "positions.weight"]  # one, or tied
     return model, made | dict.fromkeys(names, tokens)
-
-
-def in_int8(model):
-    """Let the linear layers of the blocks multiply in int8."""
-    model = deepcopy(model)
-    for name, m in list(model.blocks.named_modules()):
-        if isinstance(m, nn.Linear):
-            model.blocks.set_submodule(name, quantize.Int8Linear(m))
-    return model
 
 
 def product(W):

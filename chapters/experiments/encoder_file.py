@@ -348,15 +348,6 @@ def warning(bench, c, target):
     return row(bench, name, bench.model, state, True, **more)
 
 
-def in_int8(model):
-    """Let the matrices of the blocks multiply in int8."""
-    model = deepcopy(model)
-    for name, layer in list(model.blocks.named_modules()):
-        if isinstance(layer, nn.Linear):
-            model.blocks.set_submodule(name, quantize.Int8Linear(layer))
-    return model
-
-
 def first_blocks(model, count):
     """Take away all blocks but the first ones: what time they take."""
     model = deepcopy(model)
@@ -381,7 +372,7 @@ def products(model, rows):
 
 def times(bench, files):
     """Time one batch of 64 tokens a text, in turns, one thread."""
-    model, fast = bench.model, in_int8(bench.model)
+    model, fast = bench.model, _large.in_int8(bench.model)
     read = storage.loads(files[str(TARGETS[0])])
     variants = {
         "float32": model,

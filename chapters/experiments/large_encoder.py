@@ -23,8 +23,10 @@ import factored_encoder
 import pruned_encoder
 import torch
 import torch.nn.functional as F
-from _large import LENGTH, Texts, bits, by_block, changed, paragraphs
+from _large import LENGTH, Texts, bits, paragraphs
 from _large_rules import BITS, FAMILIES, PASSAGES, gptq, sparsegpt
+from pruned_encoder import changed
+from pruned_encoder import coded_by_block as by_block
 from tqdm import tqdm
 
 from minicompress import calibrate, measure, prune, quantize, storage, train

@@ -23,7 +23,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from tqdm import tqdm
 
-from minicompress import calibrate, data, prune, storage, through, train, zoo
+from minicompress import (
+    calibrate,
+    data,
+    export,
+    prune,
+    storage,
+    through,
+    train,
+    zoo,
+)
 
 PER_CLASS, LABELS, DRAWS = 28, 5, 40
 TUNING = range(1000, 1010)  # draws that choose the penalty, not reported
@@ -99,23 +108,39 @@ def apply(model, masks):
     return through.bake(prune.masked(model, masks))
 
 
+def coded_by_block(model, batches, rule):
+    """Compress block by block, each on inputs from the compressed before.
+
+    batches  token numbers, without padding
+    rule     (name, W, stats) -> code, or a tensor
+
+    Returns {name: code}.
+    """
+    start, made = deepcopy(model), {}
+    start.blocks = start.blocks[:0]
+    with train.evaluating(start):
+        x = [start(ids) for ids in batches]
+    for i, block in enumerate(model.blocks):
+        block, new = deepcopy(block), {}
+        for name, stats in calibrate.inputs(block, x).items():
+            W = block.get_parameter(name).detach()
+            new[name] = rule(f"blocks.{i}.{name}", W, stats)
+        block = changed(block, new)
+        with train.evaluating(block):
+            x = [block(h) for h in x]
+        made |= {f"blocks.{i}.{name}": code for name, code in new.items()}
+    return made
+
+
+def changed(model, made):
+    """Copy a model, with the weights that the codes stand for."""
+    return export.decoded(model, model.state_dict() | made)
+
+
 def by_block(model, batches, compress):
-    """Compress block by block, each on inputs from the compressed before."""
-    model = deepcopy(model)
-    for i in range(len(model.blocks)):
-        part = deepcopy(model)
-        part.blocks = part.blocks[: i + 1]  # what follows is not needed
-        prefix = f"blocks.{i}."
-        stats = calibrate.inputs(part, batches, where=partial(_starts, prefix))
-        for name, s in stats.items():
-            new = compress(model.get_parameter(name).detach(), s)
-            with torch.no_grad():
-                model.get_parameter(name).copy_(new)
-    return model
-
-
-def _starts(prefix, name, w):
-    return name.startswith(prefix)
+    """Do the same by (W, stats) -> new W; return a copy of the model."""
+    made = coded_by_block(model, batches, lambda n, W, s: compress(W, s))
+    return changed(model, made)
 
 
 def by_wanda(W, stats, sparsity):

@@ -27,6 +27,7 @@ import _recipes as r
 import _stamp
 import torch
 from _board import SUBJECTS, every, in_order, seeing
+from _large import in_int8
 from _pruning import Store
 from _recipes import DIGITS, ENCODER, GLYPHS, TEXT, then
 from tqdm import tqdm
@@ -118,7 +119,7 @@ MADE = {
         row(quantize.min_max, bits=8, symmetric=True),
         on=TRANSFORMERS,
         why="its layers are too small for an int8 kernel",
-        run=r.in_int8,
+        run=in_int8,
     ),
     "4 bits": Recipe(Q, 6, row(quantize.mse, bits=4)),
     "4 bits, groups": Recipe(Q, 6, row(quantize.mse, bits=4, each=r.GROUP)),

@@ -1,10 +1,10 @@
 """GPT-2: the language model of this library, with another activation."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import configured
-from .language import LM, PreNorm, initialize
+from .language import LM, PreNorm
 
 
 class TanhGELU(PreNorm):
@@ -57,6 +57,8 @@ class GPT2(LM):
     learners", section 2.3.
     """
 
+    block, start = TanhGELU, 0.02
+
     @configured
     def __init__(
         self,
@@ -69,11 +71,3 @@ class GPT2(LM):
         tied: bool = True,
     ):
         super().__init__(vocab, width, layers, heads, ff, context, tied)
-        self.blocks = nn.ModuleList(
-            TanhGELU(width, heads, ff) for _ in range(layers)
-        )
-        initialize(self)
-        # 2·layers branches add up in the residual stream: keep its variance
-        for block in self.blocks:
-            for layer in (block.attention.out, block.down):
-                layer.weight.data /= (2 * layers) ** 0.5

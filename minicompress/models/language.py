@@ -116,6 +116,9 @@ class LM(nn.Module):
     learners"; tied tables: Press and Wolf 2017, arXiv:1608.05859.
     """
 
+    block: type[Block] = PreNorm
+    start: float | None = None  # scale of new weights; None is 1 / sqrt(width)
+
     @configured
     def __init__(
         self,
@@ -130,11 +133,11 @@ class LM(nn.Module):
         self.tokens = table(vocab, width)
         self.positions = table(context, width)
         self.blocks = nn.ModuleList(
-            PreNorm(width, heads, ff) for _ in range(layers)
+            self.block(width, heads, ff) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, vocab, bias=False)
-        initialize(self, scale=width**-0.5)
+        initialize(self, scale=self.start or width**-0.5)
         # 2·layers branches add up in the residual stream: keep its variance
         for block in self.blocks:
             for layer in (block.attention.out, block.down):
