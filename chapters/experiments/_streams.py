@@ -37,9 +37,6 @@ def loud(model, ids):
 def principal(model, batches):
     """Rotate the stream to its principal components: few large channels."""
     plain = folded(model)
-    for m in plain.modules():
-        if isinstance(m, nn.RMSNorm):
-            m.bias = None  # `quantize.move_scales` asks for it
     return prune.rotated(plain, prune.principal(plain, batches)[1])
 
 
